@@ -1,0 +1,73 @@
+// The one contract between torch, the CPU driver and the CUDA launchers: raw pointers to a whole
+// sequence of one layer in one direction. Nothing here owns memory.
+//
+// T steps, B rows, H units, G gates a unit. Rows of all steps lie one after another: N = T * B, or
+// the sum of batch_sizes for a packed sequence. All arrays are row-major and dense unless a stride
+// is named. "storage" is the tensors' dtype; "compute" is float, or double where storage is double.
+#pragma once
+
+#include <cstdint>
+
+namespace lstmx {
+
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+inline constexpr int kDTypes = 4;
+inline constexpr int kMaxStates = 2;
+
+struct SequenceShape {
+  int64_t steps;               // T >= 1
+  int64_t batch;               // B >= 0
+  int64_t hidden;              // H >= 1
+  const int64_t* batch_sizes;  // [T] on the host, B first, never growing; null: B at every step
+  bool reverse;                // walk from the last step to the first
+};
+
+struct WeightDropout {
+  const int64_t* seed;  // one value, on the device of the weights; null: no mask
+  double p;             // in [0, 1]
+};
+
+struct SequenceForwardParams {
+  SequenceShape shape;
+  WeightDropout dropout;
+  const void* x_gates;              // [N, G*H] compute: x W_ih^T
+  int64_t x_gates_stride;           // elements from row to row, >= G*H
+  const void* w_hh;                 // [G*H, H] storage
+  const void* b_ih;                 // [G*H] storage, or null
+  const void* b_hh;                 // [G*H] storage, or null
+  const void* initial[kMaxStates];  // [B, H] storage
+  void* states[kMaxStates];         // [N, H] storage: y, c; c may be null
+  void* last[kMaxStates];           // [B, H] storage: each row's final states
+  void* saved;  // [N, kSaved*H] storage, or null; where storage is compute, x_gates may be its
+                // first columns (a row's gates are read before they are overwritten)
+  void* workspace;
+};
+
+struct SequenceBackwardParams {
+  SequenceShape shape;
+  WeightDropout dropout;
+  const void* w_hh;                 // [G*H, H] storage
+  const void* initial[kMaxStates];  // [B, H] storage
+  const void* states[kMaxStates];   // [N, H] storage: y, c as forward left them
+  const void* saved;                // [N, kSaved*H] storage
+  const void* dstates[kMaxStates];  // [N, H] storage: gradients of y, c; may be null
+  const void* dlast[kMaxStates];    // [B, H] storage: gradients of the final states; may be null
+  void* dgates;                     // [N, kGrads*H] compute
+  void* dinitial[kMaxStates];       // [B, H] storage
+  void* dbias;                      // [kGrads*H] compute: column sums of dgates
+  void* workspace;
+};
+
+// saved from the gates' two halves, for a backward whose forward kept only the states.
+struct RecomputeParams {
+  SequenceShape shape;
+  const void* x_gates;              // [N, G*H] compute: x W_ih^T
+  const void* h_gates;              // [N, G*H] compute: h_{t-1} W_hh^T
+  const void* b_ih;                 // [G*H] storage, or null
+  const void* b_hh;                 // [G*H] storage, or null
+  const void* initial[kMaxStates];  // [B, H] storage
+  const void* states[kMaxStates];   // [N, H] storage
+  void* saved;                      // [N, kSaved*H] storage
+};
+
+}  // namespace lstmx
