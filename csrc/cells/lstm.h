@@ -41,7 +41,7 @@ struct Lstm {
     dgates[1] = dc * prev[1] * f * (1 - f);
     dgates[2] = dc * i * (1 - g * g);
     dgates[3] = dnext[0] * tanh_c * o * (1 - o);
-    dprev[0] = 0 * dnext[0];
+    dprev[0] = V(0);
     dprev[1] = dc * f;
   }
 };

@@ -1,0 +1,43 @@
+// The CPU kernels as the rest of the project calls them: one table of functions for each
+// instruction set, and the choice between them.
+#pragma once
+
+#include <cstdint>
+
+#include "../sequence.h"
+
+namespace lstmx::cpu {
+
+// Every cell that the kernels are built for; see CONTRIBUTING, "How to add a cell".
+enum class CellKind : int { kLstm, kGru };
+inline constexpr int kCells = 2;
+
+// `threads` is an upper bound. Scratch memory comes from the caller: as many bytes as the
+// *_workspace function of the same table says, aligned to 64.
+struct CellKernels {
+  int64_t (*forward_workspace)(const SequenceShape&, int threads);
+  void (*forward)(const SequenceForwardParams&, int threads);
+  int64_t (*backward_workspace)(const SequenceShape&, int threads);
+  void (*backward)(const SequenceBackwardParams&, int threads);
+  void (*recompute)(const RecomputeParams&, int threads);
+};
+
+struct KernelTable {
+  const char* name;  // as ATEN_CPU_CAPABILITY spells it: default, avx2, avx512
+  CellKernels cells[kCells][kDTypes];
+  // out[e - begin] = 0 or 1 / (1 - p) for elements begin <= e < end of W_hh; out is compute.
+  void (*mask_float)(const WeightDropout&, int64_t begin, int64_t end, float* out);
+  void (*mask_double)(const WeightDropout&, int64_t begin, int64_t end, double* out);
+};
+
+// The best table that the machine can run, at most `capability` (a name as above; null or unknown:
+// no limit). Decided once, from ATEN_CPU_CAPABILITY.
+const KernelTable& kernels();
+
+extern const KernelTable kBaselineKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+#endif
+
+}  // namespace lstmx::cpu

@@ -1,0 +1,703 @@
+// A whole sequence of one layer and direction in one parallel region, generic over the cell and the
+// dtypes. Compiled once for each instruction set: see vector.h.
+//
+// W_hh is packed once, masked on the way, into panels: all the columns of a few units, K-major, so
+// that the micro-kernel streams through memory in order. The cell runs in the epilogue of each tile
+// while it is still in the first-level cache.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../philox.h"
+#include "../sequence.h"
+#include "kernels.h"
+#include "team.h"
+#include "vector.h"
+
+namespace lstmx::LSTMX_ISA {
+
+// ---- Small pieces ------------------------------------------------------------------------------
+
+template <class T>
+LSTMX_INLINE T* at(void* p, int64_t index) {
+  return p ? static_cast<T*>(p) + index : nullptr;
+}
+template <class T>
+LSTMX_INLINE const T* at(const void* p, int64_t index) {
+  return p ? static_cast<const T*>(p) + index : nullptr;
+}
+
+template <class T>
+constexpr int64_t padded(int64_t units) {
+  return (units + Vec<T>::kLanes - 1) / Vec<T>::kLanes * Vec<T>::kLanes;
+}
+
+// Hands out pieces of the workspace; on a null base it only adds up their sizes.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    char* piece = base_ ? base_ + used_ : nullptr;
+    used_ += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
+    return reinterpret_cast<T*>(piece);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Walks the steps in the order of forward, or of backward. A step's rows are a prefix of the batch.
+class Walk {
+ public:
+  Walk(const SequenceShape& shape, bool backward)
+      : shape_(shape), ascending_(shape.reverse == backward) {
+    index_ = -1;
+    next_rows = rows_at(0);
+    next_offset = 0;
+    if (!ascending_) {
+      for (int64_t t = 0; t + 1 < shape.steps; ++t) next_offset += rows_at_step(t);
+    }
+  }
+
+  // To the next step; past the last one there are no rows.
+  bool advance() {
+    previous_rows = rows, previous_offset = offset;
+    rows = next_rows, offset = next_offset;
+    if (++index_ >= shape_.steps) return false;
+    next_rows = rows_at(index_ + 1);
+    next_offset = ascending_ ? offset + rows : offset - next_rows;
+    return true;
+  }
+
+  int64_t rows = 0, offset = 0;  // of the current step; row b lies at [offset + b]
+  int64_t previous_rows = 0, previous_offset = 0;
+  int64_t next_rows, next_offset;
+
+ private:
+  int64_t rows_at_step(int64_t t) const {
+    return shape_.batch_sizes ? shape_.batch_sizes[t] : shape_.batch;
+  }
+  int64_t rows_at(int64_t index) const {
+    if (index >= shape_.steps) return 0;
+    return rows_at_step(ascending_ ? index : shape_.steps - 1 - index);
+  }
+
+  const SequenceShape& shape_;
+  bool ascending_;
+  int64_t index_;
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+constexpr Range share(int64_t count, int part, int parts) {
+  return {count * part / parts, count * (part + 1) / parts};
+}
+
+// Which rows and which unit tiles a member of the team works on. By rows there is no barrier, but
+// every core reads all weights; by units each core keeps its share of the weights in its own cache.
+struct Partition {
+  int row_parts, unit_parts;
+
+  static Partition make(const SequenceShape& shape, int64_t weight_bytes, int team) {
+    const bool by_rows = weight_bytes <= (int64_t{1} << 20) && shape.batch >= 4 * team;
+    return by_rows ? Partition{team, 1} : Partition{1, team};
+  }
+  Range rows(const SequenceShape& shape, int member) const {
+    return row_parts > 1 ? share(shape.batch, member, row_parts) : Range{0, shape.batch};
+  }
+  Range tiles(int64_t count, int member) const {
+    return unit_parts > 1 ? share(count, member, unit_parts) : Range{0, count};
+  }
+};
+
+// A step must carry a few microseconds of work to pay for waking and awaiting a second thread.
+inline int useful_threads(const SequenceShape& shape, int64_t weight_bytes, int threads) {
+  return shape.batch * weight_bytes < 400000 ? 1 : threads;
+}
+
+template <class Body>
+LSTMX_INLINE void run(int threads, Body& body) {
+  run_team(
+      threads,
+      [](void* context, int member, int team) { static_cast<Body*>(context)->run(member, team); },
+      &body);
+}
+
+// ---- Weight dropout ----------------------------------------------------------------------------
+
+// factor[e - begin] = 0 or the scale, for the elements begin <= e < end of W_hh.
+template <class T>
+void mask_factors(const MaskRule& rule, int64_t begin, int64_t end, T* factor) {
+  constexpr int kBlocks = 16;
+  T kept[4 * kBlocks];
+  const T scale = static_cast<T>(rule.scale);
+  int64_t first = begin / 4;
+  while (begin < end) {
+    auto blocks = philox_counters<kBlocks>(static_cast<uint64_t>(first));
+    philox4x32_10(blocks, rule.seed);
+    for (int n = 0; n < kBlocks; ++n) {
+      for (int w = 0; w < 4; ++w) kept[4 * n + w] = rule.keeps(blocks.word[w][n]) ? scale : T(0);
+    }
+    const int64_t skip = begin - 4 * first;
+    const int64_t count = std::min<int64_t>(4 * kBlocks - skip, end - begin);
+    std::memcpy(factor, kept + skip, static_cast<size_t>(count) * sizeof(T));
+    begin += count, factor += count, first += kBlocks;
+  }
+}
+
+template <class T>
+void mask_elements(const WeightDropout& dropout, int64_t begin, int64_t end, T* out) {
+  mask_factors(MaskRule::make(*dropout.seed, dropout.p), begin, end, out);
+}
+
+// ---- The product -------------------------------------------------------------------------------
+
+template <class T>
+struct Tile {
+  static constexpr int kLanes = Vec<T>::kLanes;
+  // Accumulators that leave room for a row of the panel and a broadcast.
+  static constexpr int kAccumulators = LSTMX_VECTOR_REGISTERS - LSTMX_VECTOR_REGISTERS / 8 - 2;
+  static constexpr int max_rows(int vectors) { return kAccumulators / vectors; }
+  // Rows of a panel that stay in half of a 32 KiB first-level cache while all tiles pass over them.
+  static constexpr int64_t max_depth(int vectors) {
+    return 24 * 1024 / (vectors * LSTMX_VECTOR_BYTES);
+  }
+};
+
+// c[kRows][kVectors] (+)= a[kRows, depth] * panel[depth][kVectors]
+template <class T, int kRows, int kVectors>
+__attribute__((noinline)) void multiply_tile(const T* a, int64_t lda, const T* panel, int64_t depth,
+                                             bool accumulate, T* c) {
+  using V = Vec<T>;
+  // Too few sums to hide the latency of a multiply-add are split in independent parts.
+  constexpr int kSplit = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
+  V sum[kSplit][kRows][kVectors];
+#pragma GCC unroll 4
+  for (int s = 0; s < kSplit; ++s) {
+#pragma GCC unroll 32
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) {
+        sum[s][m][n] =
+            s == 0 && accumulate ? load<T>(c + (m * kVectors + n) * V::kLanes) : V(T(0));
+      }
+    }
+  }
+  const auto multiply_row = [&](int64_t k, int s) __attribute__((always_inline)) {
+    V b[kVectors];
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) b[n] = load<T>(panel + (k * kVectors + n) * V::kLanes);
+#pragma GCC unroll 32
+    for (int m = 0; m < kRows; ++m) {
+      const V broadcast = V(a[m * lda + k]);
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) sum[s][m][n] = broadcast * b[n] + sum[s][m][n];
+    }
+  };
+  int64_t k = 0;
+  for (; k + kSplit <= depth; k += kSplit) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSplit; ++s) multiply_row(k + s, s);
+  }
+  for (; k < depth; ++k) multiply_row(k, 0);
+#pragma GCC unroll 32
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      V total = sum[0][m][n];
+#pragma GCC unroll 4
+      for (int s = 1; s < kSplit; ++s) total = total + sum[s][m][n];
+      store(c + (m * kVectors + n) * V::kLanes, total);
+    }
+  }
+}
+
+template <class T, int kVectors, int kRows = Tile<T>::max_rows(kVectors)>
+LSTMX_INLINE void multiply_rows(int64_t rows, const T* a, int64_t lda, const T* panel,
+                                int64_t depth, bool accumulate, T* c) {
+  if (rows == kRows) {
+    multiply_tile<T, kRows, kVectors>(a, lda, panel, depth, accumulate, c);
+  } else if constexpr (kRows > 1) {
+    multiply_rows<T, kVectors, kRows - 1>(rows, a, lda, panel, depth, accumulate, c);
+  }
+}
+
+// All rows times one panel. finish(row, rows, c) is called for each tile, with the product of rows
+// row, row + 1, ... in c[rows][kVectors][lanes], as soon as it is complete.
+template <class T, int kVectors, class Finish>
+LSTMX_INLINE void multiply_panel(const T* a, int64_t lda, Range rows, const T* panel, int64_t depth,
+                                 T* scratch, Finish&& finish) {
+  const int64_t count = rows.end - rows.begin;
+  const int64_t tiles = (count + Tile<T>::max_rows(kVectors) - 1) / Tile<T>::max_rows(kVectors);
+  const int64_t blocks =
+      (depth + Tile<T>::max_depth(kVectors) - 1) / Tile<T>::max_depth(kVectors);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t k = depth * block / blocks, k_end = depth * (block + 1) / blocks;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = count * tile / tiles, last = count * (tile + 1) / tiles;
+      T* c = scratch + first * kVectors * Vec<T>::kLanes;
+      multiply_rows<T, kVectors>(last - first, a + (rows.begin + first) * lda + k, lda,
+                                 panel + k * kVectors * Vec<T>::kLanes, k_end - k, block > 0, c);
+      if (block == blocks - 1) finish(rows.begin + first, last - first, c);
+    }
+  }
+}
+
+// ---- Forward -----------------------------------------------------------------------------------
+
+template <class Cell, class T, class Storage>
+class Forward {
+ public:
+  using V = Vec<T>;
+  static constexpr int G = Cell::kGates;
+
+  Forward(const SequenceForwardParams& p, int threads)
+      : p_(p),
+        B_(p.shape.batch),
+        H_(p.shape.hidden),
+        Hp_(padded<T>(H_)),
+        tiles_(Hp_ / V::kLanes),
+        weight_bytes_(G * H_ * H_ * int64_t{sizeof(T)}),
+        carver_(p.workspace) {
+    panels_ = carver_.take<T>(tiles_ * panel_size());
+    for (auto& bias : bias_) bias = carver_.take<T>(G * Hp_);
+    h_next_ = carver_.take<T>(B_ * Hp_);
+    for (auto& state : state_) state = carver_.take<T>(B_ * Hp_);
+    scratch_ = carver_.take<T>(threads * scratch_size());
+    masked_ = p.dropout.seed != nullptr && p.workspace != nullptr;
+    if (masked_) rule_ = MaskRule::make(*p.dropout.seed, p.dropout.p);
+  }
+
+  int64_t workspace_bytes() const { return carver_.used(); }
+  int64_t weight_bytes() const { return weight_bytes_; }
+
+  void run(int member, int team) {
+    const auto partition = Partition::make(p_.shape, weight_bytes_, team);
+    const Range rows = partition.rows(p_.shape, member);
+    const Range tiles = partition.tiles(tiles_, member);
+    prepare(member, team);
+    barrier_.wait(team);
+
+    T* h = state_[0];
+    T* h_next = h_next_;
+    T* scratch = scratch_ + member * scratch_size();
+    Walk walk(p_.shape, /*backward=*/false);
+    while (walk.advance()) {
+      const Range active = {rows.begin, std::min(rows.end, walk.rows)};
+      for (int64_t tile = tiles.begin; tile < tiles.end && active.begin < active.end; ++tile) {
+        multiply_panel<T, G>(h, Hp_, active, panels_ + tile * panel_size(), H_, scratch,
+                             [&](int64_t row, int64_t count, const T* c) {
+                               finish(walk, tile, row, count, c, h, h_next);
+                             });
+      }
+      if (partition.unit_parts > 1) barrier_.wait(team);
+      std::swap(h, h_next);
+    }
+  }
+
+ private:
+  int64_t panel_size() const { return H_ * G * V::kLanes; }
+  int64_t scratch_size() const { return B_ * G * V::kLanes; }
+
+  void prepare(int member, int team) {
+    const Range tiles = share(tiles_, member, team);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      pack(tile, panels_ + tile * panel_size());
+    }
+    const Range rows = share(B_, member, team);
+    for (int k = 0; k < Cell::kStates; ++k) {
+      widen_rows(at<Storage>(p_.initial[k], rows.begin * H_), rows.end - rows.begin,
+                 state_[k] + rows.begin * Hp_);
+    }
+    // Rows that join later (a packed sequence in reverse) find their initial state in either buffer.
+    widen_rows(at<Storage>(p_.initial[0], rows.begin * H_), rows.end - rows.begin,
+               h_next_ + rows.begin * Hp_);
+    if (member == 0) {
+      widen_rows(at<Storage>(p_.b_ih, 0), G, bias_[0]);
+      widen_rows(at<Storage>(p_.b_hh, 0), G, bias_[1]);
+    }
+  }
+
+  // [count, H] storage, or null for zeros, to [count, Hp].
+  void widen_rows(const Storage* from, int64_t count, T* to) const {
+    for (int64_t row = 0; row < count; ++row) {
+      for (int64_t u = 0; u < Hp_; ++u) {
+        to[row * Hp_ + u] = from && u < H_ ? T(widen(from[row * H_ + u])) : T(0);
+      }
+    }
+  }
+
+  // panel[k][g][lane] = W_hh[g * H + unit][k], masked; a block of columns at a time stays in cache.
+  void pack(int64_t tile, T* panel) const {
+    constexpr int64_t kBlock = 64;
+    T factor[kBlock];
+    for (int64_t k = 0; k < H_; k += kBlock) {
+      const int64_t count = std::min(kBlock, H_ - k);
+      for (int g = 0; g < G; ++g) {
+        for (int lane = 0; lane < V::kLanes; ++lane) {
+          const int64_t unit = tile * V::kLanes + lane;
+          T* to = panel + (k * G + g) * V::kLanes + lane;
+          const int64_t from = (g * H_ + unit) * H_ + k;
+          const Storage* w = static_cast<const Storage*>(p_.w_hh) + from;
+          if (unit >= H_) {
+            for (int64_t i = 0; i < count; ++i) to[i * G * V::kLanes] = T(0);
+          } else if (masked_) {
+            mask_factors(rule_, from, from + count, factor);
+            for (int64_t i = 0; i < count; ++i) to[i * G * V::kLanes] = widen(w[i]) * factor[i];
+          } else {
+            for (int64_t i = 0; i < count; ++i) to[i * G * V::kLanes] = widen(w[i]);
+          }
+        }
+      }
+    }
+  }
+
+  LSTMX_INLINE void finish(const Walk& walk, int64_t tile, int64_t first, int64_t count, const T* c,
+                           const T* h, T* h_next) const {
+    const int64_t unit = tile * V::kLanes, lanes = std::min<int64_t>(V::kLanes, H_ - unit);
+    V bias_ih[G], bias_hh[G];
+    for (int g = 0; g < G; ++g) {
+      bias_ih[g] = load<T>(bias_[0] + g * Hp_ + unit);
+      bias_hh[g] = load<T>(bias_[1] + g * Hp_ + unit);
+    }
+    for (int64_t row = first; row < first + count; ++row, c += G * V::kLanes) {
+      const int64_t position = (walk.offset + row) * H_ + unit, inner = row * Hp_ + unit;
+      const T* x_gates = at<T>(p_.x_gates, (walk.offset + row) * p_.x_gates_stride + unit);
+      V gates_x[G], gates_h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
+      for (int g = 0; g < G; ++g) {
+        gates_x[g] = load<T>(x_gates + g * H_, lanes) + bias_ih[g];
+        gates_h[g] = load<T>(c + g * V::kLanes) + bias_hh[g];
+      }
+      prev[0] = load<T>(h + inner);
+      for (int k = 1; k < Cell::kStates; ++k) prev[k] = load<T>(state_[k] + inner);
+      Cell::forward(gates_x, gates_h, prev, next, saved);
+
+      // What the next step sees is what the caller gets: h rounded to its storage type.
+      Storage* y = at<Storage>(p_.states[0], position);
+      store(y, next[0], lanes);
+      store(h_next + inner, sizeof(Storage) < sizeof(T) ? load<T>(y, lanes) : next[0]);
+      for (int k = 1; k < Cell::kStates; ++k) {
+        store(state_[k] + inner, next[k]);
+        if (p_.states[k]) store(at<Storage>(p_.states[k], position), next[k], lanes);
+      }
+      if (p_.saved) {
+        Storage* to = at<Storage>(p_.saved, (walk.offset + row) * Cell::kSaved * H_ + unit);
+        for (int s = 0; s < Cell::kSaved; ++s) store(to + s * H_, saved[s], lanes);
+      }
+      if (row >= walk.next_rows) {
+        for (int k = 0; k < Cell::kStates; ++k) {
+          store(at<Storage>(p_.last[k], row * H_ + unit), next[k], lanes);
+        }
+      }
+    }
+  }
+
+  const SequenceForwardParams& p_;
+  const int64_t B_, H_, Hp_, tiles_, weight_bytes_;
+  Carver carver_;
+  T* panels_;                  // [tiles][H][G][lanes]
+  T* bias_[2];                 // [G][Hp]: b_ih, b_hh
+  T* state_[Cell::kStates];    // [B][Hp]; h's turns with h_next, the others change in place
+  T* h_next_;                  // [B][Hp]
+  T* scratch_;                 // [threads][B][G][lanes]
+  bool masked_;
+  MaskRule rule_;
+  Barrier barrier_;
+};
+
+// ---- Backward ----------------------------------------------------------------------------------
+
+template <class Cell, class T, class Storage>
+class Backward {
+ public:
+  using V = Vec<T>;
+  static constexpr int G = Cell::kGates, kGrads = Cell::kGrads;
+  static constexpr int kVectors = 4;  // of units in a panel
+
+  Backward(const SequenceBackwardParams& p, int threads)
+      : p_(p),
+        B_(p.shape.batch),
+        H_(p.shape.hidden),
+        Hp_(padded<T>(H_)),
+        weight_bytes_(G * H_ * H_ * int64_t{sizeof(T)}),
+        carver_(p.workspace) {
+    panels_ = carver_.take<T>(G * H_ * Hp_);
+    for (auto& carry : carry_) carry = carver_.take<T>(B_ * Hp_);
+    bias_ = carver_.take<T>(threads * kGrads * Hp_);
+    scratch_ = carver_.take<T>(threads * scratch_size());
+    masked_ = p.dropout.seed != nullptr && p.workspace != nullptr;
+    if (masked_) rule_ = MaskRule::make(*p.dropout.seed, p.dropout.p);
+  }
+
+  int64_t workspace_bytes() const { return carver_.used(); }
+  int64_t weight_bytes() const { return weight_bytes_; }
+
+  void run(int member, int team) {
+    const auto partition = Partition::make(p_.shape, weight_bytes_, team);
+    const Range rows = partition.rows(p_.shape, member);
+    const Range vectors = partition.tiles(Hp_ / V::kLanes, member);
+    // Both members of a pair must cut the vectors into the same panels.
+    for (int other = 0; other < partition.unit_parts; ++other) {
+      const Range mine = partition.tiles(Hp_ / V::kLanes, other);
+      const Range packed =
+          partition.unit_parts > 1 ? (other == member ? mine : Range{0, 0}) : mine;
+      pack(packed, partition.unit_parts > 1 ? 0 : member, partition.unit_parts > 1 ? 1 : team);
+    }
+    prepare(member, team);
+    barrier_.wait(team);
+
+    T* scratch = scratch_ + member * scratch_size();
+    T* bias = bias_ + (partition.row_parts > 1 ? member : 0) * kGrads * Hp_;
+    Walk walk(p_.shape, /*backward=*/true);
+    for (bool more = true; more;) {
+      more = walk.advance();
+      for (int64_t v = vectors.begin; v < vectors.end; v += kVectors) {
+        const int count = static_cast<int>(std::min<int64_t>(kVectors, vectors.end - v));
+        step_panel(count, walk, v * V::kLanes, rows, scratch, bias);
+      }
+      if (partition.unit_parts > 1 || !more) barrier_.wait(team);
+    }
+    if (member == 0) sum_bias(partition.row_parts);
+  }
+
+ private:
+  int64_t scratch_size() const { return B_ * kVectors * V::kLanes; }
+
+  // panel[row of W_hh][vector][lane], masked. The panels of `vectors` are dealt out to the parts.
+  void pack(Range vectors, int part, int parts) const {
+    const Range panels = share((vectors.end - vectors.begin + kVectors - 1) / kVectors, part, parts);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const int64_t v = vectors.begin + panel * kVectors;
+      const int64_t width = std::min<int64_t>(kVectors, vectors.end - v) * V::kLanes;
+      const int64_t unit = v * V::kLanes, count = std::min(width, H_ - unit);
+      T factor[kVectors * V::kLanes];
+      T* to = panels_ + unit * G * H_;
+      for (int64_t row = 0; row < G * H_; ++row, to += width) {
+        const int64_t from = row * H_ + unit;
+        const Storage* w = static_cast<const Storage*>(p_.w_hh) + from;
+        for (int64_t i = 0; i < count; ++i) to[i] = widen(w[i]);
+        for (int64_t i = count; i < width; ++i) to[i] = T(0);
+        if (masked_) {
+          mask_factors(rule_, from, from + count, factor);
+          for (int64_t i = 0; i < count; ++i) to[i] *= factor[i];
+        }
+      }
+    }
+  }
+
+  void prepare(int member, int team) {
+    const Range rows = share(B_, member, team);
+    for (int k = 0; k < Cell::kStates; ++k) {
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const Storage* from = at<Storage>(p_.dlast[k], row * H_);
+        for (int64_t u = 0; u < Hp_; ++u) {
+          carry_[k][row * Hp_ + u] = from && u < H_ ? T(widen(from[u])) : T(0);
+        }
+      }
+    }
+    std::fill_n(bias_ + member * kGrads * Hp_, kGrads * Hp_, T(0));
+  }
+
+  LSTMX_INLINE void step_panel(int count, const Walk& walk, int64_t unit, Range rows, T* scratch,
+                               T* bias) const {
+    switch (count) {
+      case 1:
+        return step<1>(walk, unit, rows, scratch, bias);
+      case 2:
+        return step<2>(walk, unit, rows, scratch, bias);
+      case 3:
+        return step<3>(walk, unit, rows, scratch, bias);
+      default:
+        return step<4>(walk, unit, rows, scratch, bias);
+    }
+  }
+
+  // Rows that the step before (in time's reverse) computed gates for get W_hh^T dgates; of these,
+  // the ones that have no step here end at the initial state.
+  template <int kCount>
+  void step(const Walk& walk, int64_t unit, Range rows, T* scratch, T* bias) const {
+    const auto clip = [&](int64_t end) { return std::clamp(end, rows.begin, rows.end); };
+    const int64_t with_product = clip(walk.previous_rows);
+    const int64_t all = clip(std::max(walk.previous_rows, walk.rows));
+    const auto finish_tile = [&](int64_t row, int64_t count, const T* c) {
+      for (int n = 0; n < kCount; ++n) {
+        finish(walk, unit + n * V::kLanes, row, count, c ? c + n * V::kLanes : nullptr,
+               kCount * V::kLanes, bias);
+      }
+    };
+    if (with_product > rows.begin) {
+      const T* dgates =
+          at<T>(p_.dgates, walk.previous_offset * kGrads * H_ + Cell::kHiddenGrads * H_);
+      multiply_panel<T, kCount>(dgates, kGrads * H_, {rows.begin, with_product},
+                                panels_ + unit * G * H_, G * H_, scratch, finish_tile);
+    }
+    if (all > with_product) finish_tile(with_product, all - with_product, nullptr);
+  }
+
+  LSTMX_INLINE void finish(const Walk& walk, int64_t unit, int64_t first, int64_t count, const T* c,
+                           int64_t c_stride, T* bias) const {
+    const int64_t lanes = std::min<int64_t>(V::kLanes, H_ - unit);
+    V sum[kGrads];
+    for (int g = 0; g < kGrads; ++g) sum[g] = V(T(0));
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = first + i, inner = row * Hp_ + unit;
+      V dnext[Cell::kStates];
+      for (int k = 0; k < Cell::kStates; ++k) dnext[k] = load<T>(carry_[k] + inner);
+      if (c) dnext[0] = dnext[0] + load<T>(c + i * c_stride);
+      if (row >= walk.rows) {
+        for (int k = 0; k < Cell::kStates; ++k) {
+          store(at<Storage>(p_.dinitial[k], row * H_ + unit), dnext[k], lanes);
+        }
+        continue;
+      }
+      const int64_t position = (walk.offset + row) * H_ + unit;
+      V saved[Cell::kSaved], prev[Cell::kStates], next[Cell::kStates];
+      for (int k = 0; k < Cell::kStates; ++k) {
+        if (p_.dstates[k]) {
+          dnext[k] = dnext[k] + load<T>(at<Storage>(p_.dstates[k], position), lanes);
+        }
+        next[k] = load<T>(at<Storage>(p_.states[k], position), lanes);
+        const Storage* before =
+            row < walk.next_rows
+                ? at<Storage>(p_.states[k], (walk.next_offset + row) * H_ + unit)
+                : at<Storage>(p_.initial[k], row * H_ + unit);
+        prev[k] = load<T>(before, lanes);
+      }
+      const Storage* from =
+          at<Storage>(p_.saved, (walk.offset + row) * Cell::kSaved * H_ + unit);
+      for (int s = 0; s < Cell::kSaved; ++s) saved[s] = load<T>(from + s * H_, lanes);
+
+      V dgates[kGrads], dprev[Cell::kStates];
+      Cell::backward(saved, prev, next, dnext, dgates, dprev);
+
+      T* to = at<T>(p_.dgates, (walk.offset + row) * kGrads * H_ + unit);
+      for (int g = 0; g < kGrads; ++g) {
+        store(to + g * H_, dgates[g], lanes);
+        sum[g] = sum[g] + dgates[g];
+      }
+      for (int k = 0; k < Cell::kStates; ++k) store(carry_[k] + inner, dprev[k]);
+    }
+    for (int g = 0; g < kGrads; ++g) {
+      T* to = bias + g * Hp_ + unit;
+      store(to, load<T>(to) + sum[g]);
+    }
+  }
+
+  void sum_bias(int parts) const {
+    for (int g = 0; g < kGrads; ++g) {
+      for (int64_t u = 0; u < H_; ++u) {
+        T total = 0;
+        for (int part = 0; part < parts; ++part) total += bias_[(part * kGrads + g) * Hp_ + u];
+        at<T>(p_.dbias, 0)[g * H_ + u] = total;
+      }
+    }
+  }
+
+  const SequenceBackwardParams& p_;
+  const int64_t B_, H_, Hp_, weight_bytes_;
+  Carver carver_;
+  T* panels_;                // for each panel [G*H][vectors][lanes]
+  T* carry_[Cell::kStates];  // [B][Hp]: what has reached each state, but for W_hh's part
+  T* bias_;                  // [threads][kGrads][Hp]
+  T* scratch_;               // [threads][B][kVectors][lanes]
+  bool masked_;
+  MaskRule rule_;
+  Barrier barrier_;
+};
+
+// ---- Recomputing the gates ---------------------------------------------------------------------
+
+template <class Cell, class T, class Storage>
+struct Recompute {
+  using V = Vec<T>;
+  static constexpr int G = Cell::kGates;
+  const RecomputeParams& p;
+
+  void run(int member, int team) const {
+    const int64_t H = p.shape.hidden;
+    Walk walk(p.shape, /*backward=*/false);
+    while (walk.advance()) {
+      const Range rows = share(walk.rows, member, team);
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        for (int64_t unit = 0; unit < H; unit += V::kLanes) {
+          const int64_t lanes = std::min<int64_t>(V::kLanes, H - unit);
+          const int64_t gates = (walk.offset + row) * G * H + unit;
+          V x[G], h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
+          for (int g = 0; g < G; ++g) {
+            x[g] = load<T>(at<T>(p.x_gates, gates + g * H), lanes);
+            h[g] = load<T>(at<T>(p.h_gates, gates + g * H), lanes);
+            if (p.b_ih) x[g] = x[g] + load<T>(at<Storage>(p.b_ih, g * H + unit), lanes);
+            if (p.b_hh) h[g] = h[g] + load<T>(at<Storage>(p.b_hh, g * H + unit), lanes);
+          }
+          for (int k = 0; k < Cell::kStates; ++k) {
+            const Storage* before =
+                row < walk.previous_rows
+                    ? at<Storage>(p.states[k], (walk.previous_offset + row) * H + unit)
+                    : at<Storage>(p.initial[k], row * H + unit);
+            prev[k] = load<T>(before, lanes);
+          }
+          Cell::forward(x, h, prev, next, saved);
+          Storage* to = at<Storage>(p.saved, (walk.offset + row) * Cell::kSaved * H + unit);
+          for (int s = 0; s < Cell::kSaved; ++s) store(to + s * H, saved[s], lanes);
+        }
+      }
+    }
+  }
+};
+
+// ---- The table ---------------------------------------------------------------------------------
+
+template <class Pass, class Params>
+int64_t workspace_of(const SequenceShape& shape, int threads) {
+  Params p{};
+  p.shape = shape;
+  return Pass(p, threads).workspace_bytes();
+}
+
+template <class Pass, class Params>
+void run_pass(const Params& p, int threads) {
+  Pass pass(p, threads);
+  run(useful_threads(p.shape, pass.weight_bytes(), threads), pass);
+}
+
+template <class Cell, class T, class Storage>
+constexpr cpu::CellKernels cell_kernels() {
+  using F = Forward<Cell, T, Storage>;
+  using B = Backward<Cell, T, Storage>;
+  return {workspace_of<F, SequenceForwardParams>, run_pass<F, SequenceForwardParams>,
+          workspace_of<B, SequenceBackwardParams>, run_pass<B, SequenceBackwardParams>,
+          [](const RecomputeParams& p, int threads) {
+            Recompute<Cell, T, Storage> pass{p};
+            run(threads, pass);
+          }};
+}
+
+template <class Cell>
+constexpr void fill_cell(cpu::CellKernels (&by_dtype)[kDTypes]) {
+  by_dtype[int(DType::kFloat32)] = cell_kernels<Cell, float, float>();
+  by_dtype[int(DType::kFloat64)] = cell_kernels<Cell, double, double>();
+  by_dtype[int(DType::kBFloat16)] = cell_kernels<Cell, float, BFloat16>();
+  by_dtype[int(DType::kFloat16)] = cell_kernels<Cell, float, Float16>();
+}
+
+constexpr cpu::KernelTable kernel_table(const char* name) {
+  cpu::KernelTable table{};
+  table.name = name;
+  fill_cell<Lstm>(table.cells[int(cpu::CellKind::kLstm)]);
+  fill_cell<Gru>(table.cells[int(cpu::CellKind::kGru)]);
+  table.mask_float = mask_elements<float>;
+  table.mask_double = mask_elements<double>;
+  return table;
+}
+
+}  // namespace lstmx::LSTMX_ISA

@@ -1,0 +1,122 @@
+// SIMD vectors in GNU vector types: one source for every instruction set. The including file names
+// its set in LSTMX_ISA and the width of a register in LSTMX_VECTOR_BYTES; all that is compiled with
+// that set lives in the namespace of that name, so that the linker cannot mix two sets' copies.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "../cells/math.h"
+#include "half.h"
+
+namespace lstmx::LSTMX_ISA {
+
+#define LSTMX_INLINE inline __attribute__((always_inline))
+
+typedef float RawFloat __attribute__((vector_size(LSTMX_VECTOR_BYTES)));
+typedef double RawDouble __attribute__((vector_size(LSTMX_VECTOR_BYTES)));
+
+template <class T>
+struct Vec {
+  static constexpr int kLanes = LSTMX_VECTOR_BYTES / sizeof(T);
+  using Raw = std::conditional_t<std::is_same_v<T, float>, RawFloat, RawDouble>;
+  Raw raw;
+
+  Vec() = default;
+  LSTMX_INLINE Vec(Raw r) : raw(r) {}
+  LSTMX_INLINE explicit Vec(T x) : raw(x - Raw{}) {}
+
+  LSTMX_INLINE friend Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
+  LSTMX_INLINE friend Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
+  LSTMX_INLINE friend Vec operator*(Vec a, Vec b) { return a.raw * b.raw; }
+  LSTMX_INLINE friend Vec operator/(Vec a, Vec b) { return a.raw / b.raw; }
+  LSTMX_INLINE friend Vec operator-(int a, Vec b) { return T(a) - b.raw; }
+};
+
+// Unaligned loads and stores, `count` of kLanes lanes (the rest read as zero); storage types are
+// widened and narrowed on the way.
+template <class T, class Storage>
+LSTMX_INLINE Vec<T> load(const Storage* p, int64_t count = Vec<T>::kLanes) {
+  Vec<T> v;
+  if (count == Vec<T>::kLanes) {
+    if constexpr (sizeof(Storage) == sizeof(T)) {
+      __builtin_memcpy(&v, p, sizeof(v));
+    } else {
+      for (int i = 0; i < Vec<T>::kLanes; ++i) v.raw[i] = widen(p[i]);
+    }
+  } else {
+    v = Vec<T>(T(0));
+    for (int64_t i = 0; i < count; ++i) v.raw[i] = widen(p[i]);
+  }
+  return v;
+}
+
+template <class T, class Storage>
+LSTMX_INLINE void store(Storage* p, Vec<T> v, int64_t count = Vec<T>::kLanes) {
+  if (count == Vec<T>::kLanes) {
+    if constexpr (sizeof(Storage) == sizeof(T)) {
+      __builtin_memcpy(p, &v, sizeof(v));
+    } else {
+      for (int i = 0; i < Vec<T>::kLanes; ++i) narrow(v.raw[i], p[i]);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) narrow(v.raw[i], p[i]);
+  }
+}
+
+// 2^(factor x) = scale1 * scale2 * (1 + fraction), for |factor x| <= 150; two scales reach past float's range
+// at both ends, so that sigmoid's limits are exactly 0 and 1.
+struct Exp2 {
+  Vec<float> fraction, scale1, scale2;
+};
+
+LSTMX_INLINE Exp2 exp2_parts(Vec<float> x, float factor) {
+  typedef int32_t Int __attribute__((vector_size(LSTMX_VECTOR_BYTES)));
+  const auto magic = Vec<float>(0x1.8p23f);  // adding it rounds to an integer in the low bits
+  const auto shifted = x * Vec<float>(factor) + magic;
+  const Int n = (Int)shifted.raw - (Int)magic.raw;
+  const auto r = x * Vec<float>(factor) - (shifted - magic);
+  // (2^r - 1) / r on [-1/2, 1/2], minimax in relative error (1.1e-8).
+  auto p = Vec<float>(1.54035126187e-4f);
+  p = p * r + Vec<float>(1.33907354754e-3f);
+  p = p * r + Vec<float>(9.61823749418e-3f);
+  p = p * r + Vec<float>(5.55035743365e-2f);
+  p = p * r + Vec<float>(2.4022649795e-1f);
+  p = p * r + Vec<float>(6.93147187927e-1f);
+  const Int half = n >> 1;
+  return {p * r, (Vec<float>::Raw)((half + 127) << 23), (Vec<float>::Raw)((n - half + 127) << 23)};
+}
+
+// A NaN compares false both times and passes through.
+LSTMX_INLINE Vec<float> clamp(Vec<float> x, float bound) {
+  const auto high = Vec<float>(bound), low = Vec<float>(-bound);
+  x = x.raw > high.raw ? high.raw : x.raw;
+  return x.raw < low.raw ? low.raw : x.raw;
+}
+
+LSTMX_INLINE Vec<float> sigmoid(Vec<float> x) {
+  const auto e = exp2_parts(clamp(x, 103.0f), -1.44269504088896341f);
+  const auto one = Vec<float>(1.0f);
+  return one / (one + (one + e.fraction) * e.scale1 * e.scale2);
+}
+
+// expm1(2x) / (expm1(2x) + 2), which keeps the relative accuracy of a small x.
+LSTMX_INLINE Vec<float> tanh(Vec<float> x) {
+  const auto e = exp2_parts(clamp(x, 10.0f), 2.88539008177792681f);
+  const auto one = Vec<float>(1.0f), scale = e.scale1 * e.scale2;
+  const auto expm1 = e.fraction * scale + (scale - one);
+  return expm1 / (expm1 + Vec<float>(2.0f));
+}
+
+LSTMX_INLINE Vec<double> sigmoid(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::kLanes; ++i) x.raw[i] = lstmx::sigmoid(double{x.raw[i]});
+  return x;
+}
+
+LSTMX_INLINE Vec<double> tanh(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::kLanes; ++i) x.raw[i] = lstmx::tanh(double{x.raw[i]});
+  return x;
+}
+
+}  // namespace lstmx::LSTMX_ISA
