@@ -1,0 +1,337 @@
+"""Modules that stand in for torch.nn.LSTM, GRU, LSTMCell and GRUCell.
+
+Constructors, parameters, state dicts, initialisation, inputs, outputs and errors are torch's; its
+documentation applies. What is added is one keyword-only argument and attribute:
+
+``weight_dropout`` (default 0.0)
+    The probability in [0, 1] of zeroing an entry of every hidden-to-hidden weight (DropConnect:
+    Wan et al. 2013; Merity et al. 2017), in training mode only. Each forward call draws one mask
+    for each layer and direction from torch's generator and uses it at every step; what is kept is
+    scaled by 1 / (1 - weight_dropout). Nothing else about the module changes: the weights
+    themselves are never modified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch._guards import TracingContext
+from torch.nn.utils.rnn import PackedSequence
+
+from lstmx import ops
+
+States = tuple[Tensor, ...]
+
+
+def _checked_probability(p: float) -> float:
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+        raise ValueError(f"weight_dropout must be a probability in [0, 1], got {p!r}")
+    return float(p)
+
+
+def _draw_seeds(module: nn.Module, count: int, device: torch.device) -> tuple[Tensor | None, ...]:
+    """One seed for each recurrent weight, or None where no mask is due. Never read back."""
+    # Not "> 0": a NaN set as the attribute must reach the op, which rejects it.
+    if not module.training or module.weight_dropout == 0:
+        return (None,) * count
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device).unbind()
+
+
+@cache
+def _face(cls: Any) -> type:
+    """What an instance of cls claims to be: cls, and a subclass of the torch class as well."""
+    if issubclass(cls, cls._torch_class):
+        return cls
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_plain": cls}
+    return type(cls.__name__, (cls, cls._torch_class), names)
+
+
+def _new(cls: type[Any]) -> Any:
+    return cls.__new__(cls)
+
+
+class _RecurrentModule(nn.RNNBase):
+    """What LSTM and GRU share: torch's module around other kernels.
+
+    It is no subclass of the torch class that it stands in for, because torch.compile refuses to
+    trace those; but its ``__class__``, and so ``isinstance``, says it is, except to the compiler.
+    See docs/adr/0001-class-hierarchy.md.
+    """
+
+    _torch_class: ClassVar[type[nn.RNNBase]]
+    weight_dropout: float
+
+    # ---- Being torch's class --------------------------------------------------------------------
+
+    def _get_class(self) -> type:
+        return type(self) if TracingContext.try_get() is not None else _face(type(self))
+
+    def _set_class(self, cls: type) -> None:
+        object.__dict__["__class__"].__set__(self, vars(cls).get("_plain", cls))
+
+    __class__ = property(_get_class, _set_class)  # type: ignore[assignment]  # not a plain type
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Pickle refuses an object whose __class__ is not what it is about to create.
+        return (_new, (vars(type(self)).get("_plain", type(self)),), self.__getstate__())
+
+    # ---- Weights: looked up at each call, so that whatever replaces them is seen --------------
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]  # a list in torch
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def _init_flat_weights(self) -> None: ...
+
+    def _update_flat_weights(self) -> None: ...
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: there is no flat copy of the weights to keep up to date."""
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        return nn.Module._replicate_for_data_parallel(self)
+
+    def extra_repr(self) -> str:
+        p = self.weight_dropout
+        return super().extra_repr() + (f", weight_dropout={p}" if p != 0 else "")
+
+    # ---- Forward --------------------------------------------------------------------------------
+
+    def _run(self, input: Tensor | PackedSequence, hx: States | None, state_sizes: tuple[int, ...]):
+        """All layers. Returns the output as the input came, and the final states."""
+        if isinstance(input, PackedSequence):
+            x, batch_sizes, sorted_indices, unsorted_indices = input
+            if hx is None:
+                hx = self._zeros(x, int(batch_sizes[0]), state_sizes)
+            else:
+                hx = tuple(h if sorted_indices is None else h[:, sorted_indices] for h in hx)
+            self._check(x, hx, batch_sizes)
+            y, hx = self._run_layers(x, hx, batch_sizes)
+            if unsorted_indices is not None:
+                hx = tuple(h[:, unsorted_indices] for h in hx)
+            return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), hx
+
+        if input.dim() not in (2, 3):
+            name = self._torch_class.__name__
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        if hx is not None and any(h.dim() != input.dim() for h in hx):
+            rank, word = (3, "batched") if batched else (2, "unbatched")
+            names = "hx and cx" if len(hx) == 2 else "hx"
+            got = ", ".join(f"{h.dim()}-D" for h in hx)
+            got = f"({got}) tensors" if len(hx) == 2 else f"{got} tensor"
+            raise RuntimeError(
+                f"For {word} {rank}-D input, {names} should also be {rank}-D but got {got}"
+            )
+        batch_dim = 0 if self.batch_first else 1
+        x = input if batched else input.unsqueeze(batch_dim)
+        if hx is None:
+            hx = self._zeros(x, x.size(batch_dim), state_sizes)
+        elif not batched:
+            hx = tuple(h.unsqueeze(1) for h in hx)
+        self._check(x, hx, None)
+        y, hx = self._run_layers(x.transpose(0, 1) if self.batch_first else x, hx, None)
+        y = y.transpose(0, 1) if self.batch_first else y
+        if batched:
+            return y, hx
+        return y.squeeze(batch_dim), tuple(h.squeeze(1) for h in hx)
+
+    def _zeros(self, x: Tensor, batch: int, state_sizes: tuple[int, ...]) -> States:
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        return tuple(x.new_zeros(rows, batch, size) for size in state_sizes)
+
+    def _check(self, x: Tensor, hx: States, batch_sizes: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def _layer(
+        self, x: Tensor, states: States, weights: list[Tensor], **options: Any
+    ) -> tuple[Tensor, States]:
+        raise NotImplementedError
+
+    def _run_layers(
+        self, x: Tensor, hx: States, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, States]:
+        """x is [T, B, I], or [N, I] with batch_sizes; each of hx is [layers * directions, B, H]."""
+        directions = 2 if self.bidirectional else 1
+        seeds = _draw_seeds(self, self.num_layers * directions, x.device)
+        last: list[States] = []
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout > 0:
+                x = nn.functional.dropout(x, self.dropout, self.training)
+            outputs = []
+            for direction in range(directions):
+                index = layer * directions + direction
+                y, states = self._layer(
+                    x,
+                    tuple(h[index] for h in hx),
+                    [getattr(self, name) for name in self._all_weights[index]],
+                    batch_sizes=batch_sizes,
+                    reverse=direction == 1,
+                    seed=seeds[index],
+                    weight_dropout=self.weight_dropout,
+                )
+                outputs.append(y)
+                last.append(states)
+            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        return x, tuple(torch.stack(states) for states in zip(*last, strict=True))
+
+
+class LSTM(_RecurrentModule):
+    """``torch.nn.LSTM`` on fused kernels, with ``weight_dropout``; see the module's docstring.
+
+    Raises:
+        ValueError: ``weight_dropout`` is outside [0, 1]; else what ``torch.nn.LSTM`` raises.
+    """
+
+    _torch_class = nn.LSTM
+
+    def __init__(self, *args: Any, weight_dropout: float = 0.0, **kwargs: Any) -> None:
+        nn.RNNBase.__init__(self, "LSTM", *args, **kwargs)
+        self.weight_dropout = _checked_probability(weight_dropout)
+
+    # torch widens its own base class's signatures in the same way.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    def forward(self, input, hx=None):
+        """As ``torch.nn.LSTM``: returns the output and (h_n, c_n)."""
+        hidden = self.proj_size or self.hidden_size
+        return self._run(input, hx, (hidden, self.hidden_size))
+
+    def _check(self, x: Tensor, hx: States, batch_sizes: Tensor | None) -> None:
+        nn.LSTM.check_forward_args(cast(nn.LSTM, self), x, (hx[0], hx[1]), batch_sizes)
+
+    def _layer(
+        self, x: Tensor, states: States, weights: list[Tensor], **options: Any
+    ) -> tuple[Tensor, States]:
+        y, h_n, c_n, _ = ops.lstm_sequence(x, *states, *weights, **options)
+        return y, (h_n, c_n)
+
+    def _run_layers(
+        self, x: Tensor, hx: States, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, States]:
+        if self.proj_size == 0:
+            return super()._run_layers(x, hx, batch_sizes)
+        # Projections are left to torch's own kernels; masked weights go in their place.
+        weights = [[getattr(self, name) for name in names] for names in self._all_weights]
+        for layer, seed in zip(weights, _draw_seeds(self, len(weights), x.device), strict=True):
+            if seed is not None:
+                w_hh = layer[1]
+                mask = ops.weight_mask(seed, w_hh.shape, self.weight_dropout, dtype=w_hh.dtype)
+                layer[1] = w_hh * mask
+        flat = [weight for layer in weights for weight in layer]
+        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+        if batch_sizes is None:
+            y, h_n, c_n = torch._VF.lstm(x, hx, flat, *options, False)
+        else:
+            y, h_n, c_n = torch._VF.lstm(x, batch_sizes, hx, flat, *options)
+        return y, (h_n, c_n)
+
+
+class GRU(_RecurrentModule):
+    """``torch.nn.GRU`` on fused kernels, with ``weight_dropout``; see the module's docstring.
+
+    Raises:
+        ValueError: ``weight_dropout`` is outside [0, 1]; else what ``torch.nn.GRU`` raises.
+    """
+
+    _torch_class = nn.GRU
+
+    def __init__(self, *args: Any, weight_dropout: float = 0.0, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        nn.RNNBase.__init__(self, "GRU", *args, **kwargs)
+        self.weight_dropout = _checked_probability(weight_dropout)
+
+    def forward(self, input, hx=None):
+        """As ``torch.nn.GRU``: returns the output and h_n."""
+        y, (h_n,) = self._run(input, None if hx is None else (hx,), (self.hidden_size,))
+        return y, h_n
+
+    def _check(self, x: Tensor, hx: States, batch_sizes: Tensor | None) -> None:
+        self.check_forward_args(x, hx[0], batch_sizes)
+
+    def _layer(
+        self, x: Tensor, states: States, weights: list[Tensor], **options: Any
+    ) -> tuple[Tensor, States]:
+        y, h_n = ops.gru_sequence(x, *states, *weights, **options)
+        return y, (h_n,)
+
+
+def _one_step(
+    cell: nn.LSTMCell | nn.GRUCell,
+    op: Callable[..., tuple[Tensor, ...]],
+    input: Tensor,
+    hx: States | None,
+    states: int,
+) -> States:
+    """The op over a single step. Returns the new states, with a batch only if the input has one."""
+    if input.dim() not in (1, 2):
+        name = type(cell).__name__
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    x = input if input.dim() == 2 else input.unsqueeze(0)
+    if hx is None:
+        hx = (x.new_zeros(x.size(0), cell.hidden_size),) * states
+    elif input.dim() == 1:
+        hx = tuple(h.unsqueeze(0) for h in hx)
+    (seed,) = _draw_seeds(cell, 1, x.device)
+    _, *new = op(
+        x.unsqueeze(0),
+        *hx,
+        cell.weight_ih,
+        cell.weight_hh,
+        cell.bias_ih,
+        cell.bias_hh,
+        seed=seed,
+        weight_dropout=cell.weight_dropout,
+    )
+    return tuple(h if input.dim() == 2 else h.squeeze(0) for h in new[:states])
+
+
+class LSTMCell(nn.LSTMCell):
+    """``torch.nn.LSTMCell`` on fused kernels, with ``weight_dropout``; each call draws a mask.
+
+    Raises:
+        ValueError: ``weight_dropout`` is outside [0, 1]; else what ``torch.nn.LSTMCell`` raises.
+    """
+
+    def __init__(self, *args: Any, weight_dropout: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight_dropout = _checked_probability(weight_dropout)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``torch.nn.LSTMCell``: returns (h, c)."""
+        for index, value in enumerate(hx or ()):
+            if value.dim() not in (1, 2):
+                raise ValueError(
+                    f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead"
+                )
+        h, c = _one_step(self, ops.lstm_sequence, input, hx, states=2)
+        return h, c
+
+
+class GRUCell(nn.GRUCell):
+    """``torch.nn.GRUCell`` on fused kernels, with ``weight_dropout``; each call draws a mask.
+
+    Raises:
+        ValueError: ``weight_dropout`` is outside [0, 1]; else what ``torch.nn.GRUCell`` raises.
+    """
+
+    def __init__(self, *args: Any, weight_dropout: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight_dropout = _checked_probability(weight_dropout)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """As ``torch.nn.GRUCell``: returns h."""
+        if hx is not None and hx.dim() not in (1, 2):
+            raise ValueError(f"GRUCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        states = None if hx is None else (hx,)
+        (h,) = _one_step(self, ops.gru_sequence, input, states, states=1)
+        return h

@@ -1,0 +1,139 @@
+"""The sequence ops: one layer, one direction, all steps in one call.
+
+Shapes are written T (steps), B (batch), I (inputs), H (hidden units), G (gates per unit: 4 for the
+LSTM, 3 for the GRU) and N (rows of a packed sequence, the sum of ``batch_sizes``). Tensors share
+one dtype, float32, float64, bfloat16 or float16, and one device. With 16-bit tensors all arithmetic
+and the running cell state are float32, and ``y`` is rounded once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import lstmx._C  # noqa: F401  (registers the ops)
+
+
+def lstm_sequence(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    seed: Tensor | None = None,
+    weight_dropout: float = 0.0,
+    memory: str = "high",
+    cell_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs an LSTM (Hochreiter & Schmidhuber 1997; Gers et al. 2000) over a sequence.
+
+    Differentiable any number of times, in reverse and forward mode, and under ``torch.func``.
+
+    Args:
+        x: inputs, [T, B, I]; [N, I] with ``batch_sizes``.
+        h0, c0: initial states, [B, H].
+        w_ih, w_hh: weights, [4*H, I] and [4*H, H], in the order i f g o of ``torch.nn.LSTM``.
+        b_ih, b_hh: biases, [4*H].
+        batch_sizes: int64 [T] on the CPU: how many rows take part in each step, never growing, as in
+            ``torch.nn.utils.rnn.PackedSequence``.
+        reverse: walk from the last step to the first. ``y`` stays in the order of ``x``.
+        seed: int64 tensor without dimensions, on the device of ``x``; draws the mask of weight
+            dropout, see :func:`weight_mask`. None: no mask.
+        weight_dropout: probability in [0, 1] of zeroing an entry of ``w_hh``.
+        memory: "high" keeps the gates for backward, "low" recomputes them there.
+        cell_states: also return the cell states of all steps.
+
+    Returns:
+        y [T, B, H] (or [N, H]), h_n [B, H], c_n [B, H], and c of y's size; c is empty unless
+        ``cell_states``.
+
+    Raises:
+        ValueError: ``weight_dropout`` is not a probability, ``memory`` is neither word, or
+            ``batch_sizes`` does not describe ``x`` and ``h0``.
+        TypeError: an argument has the wrong dtype.
+        RuntimeError: an argument has the wrong size or device, or T is 0.
+    """
+    return torch.ops.lstmx.lstm_sequence(
+        x,
+        h0,
+        c0,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        batch_sizes=batch_sizes,
+        reverse=reverse,
+        seed=seed,
+        weight_dropout=weight_dropout,
+        memory=memory,
+        cell_states=cell_states,
+    )
+
+
+def gru_sequence(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    seed: Tensor | None = None,
+    weight_dropout: float = 0.0,
+    memory: str = "high",
+) -> tuple[Tensor, Tensor]:
+    """Runs a GRU (Cho et al. 2014, as ``torch.nn.GRU`` and cuDNN define it) over a sequence.
+
+    Arguments and errors as for :func:`lstm_sequence`, with 3*H in place of 4*H, in the order r z n;
+    the reset gate multiplies ``W_hn h + b_hn``.
+
+    Returns:
+        y [T, B, H] (or [N, H]) and h_n [B, H].
+    """
+    return torch.ops.lstmx.gru_sequence(
+        x,
+        h0,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        batch_sizes=batch_sizes,
+        reverse=reverse,
+        seed=seed,
+        weight_dropout=weight_dropout,
+        memory=memory,
+    )
+
+
+def weight_mask(
+    seed: Tensor, size: Sequence[int], p: float, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The mask of weight dropout (DropConnect: Wan et al. 2013) that a seed stands for.
+
+    Element e, counted row by row, takes word e % 4 of the Philox4x32-10 block (Salmon et al. 2011)
+    whose counter is e // 4 and whose key is the seed: the same bits on every device.
+
+    Args:
+        seed: int64 tensor without dimensions.
+        size: size of the weight, [G*H, H].
+        p: probability in [0, 1] of a zero.
+        dtype: of the mask.
+
+    Returns:
+        A tensor of that size, on the seed's device: 0 with probability p, else 1 / (1 - p).
+
+    Raises:
+        ValueError: ``p`` is not a probability.
+        TypeError: ``seed`` is not int64.
+        RuntimeError: ``seed`` has dimensions.
+    """
+    return torch.ops.lstmx.weight_mask(seed, size, p, dtype=dtype)
