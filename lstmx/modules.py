@@ -51,7 +51,7 @@ def _face(cls: Any) -> type:
 
 
 def _new(cls: type[Any]) -> Any:
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 class _RecurrentModule(nn.RNNBase):
@@ -68,7 +68,7 @@ class _RecurrentModule(nn.RNNBase):
     # ---- Being torch's class --------------------------------------------------------------------
 
     def _get_class(self) -> type:
-        return type(self) if TracingContext.try_get() is not None else _face(type(self))
+        return type(self) if TracingContext.try_get() is not None else _face(cast(Any, type(self)))
 
     def _set_class(self, cls: type) -> None:
         object.__dict__["__class__"].__set__(self, vars(cls).get("_plain", cls))
