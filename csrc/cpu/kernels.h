@@ -22,9 +22,30 @@ struct CellKernels {
   void (*recompute)(const RecomputeParams&, int threads);
 };
 
+// c [m, n] = a [m, k] b [k, n], times the mask of a W_hh of c's size if there is one. Strides are in
+// elements; c's columns lie side by side.
+struct ProductParams {
+  int64_t m, n, k;
+  const void* a;
+  int64_t a_row, a_column;
+  const void* b;
+  int64_t b_row, b_column;
+  void* c;
+  int64_t c_row;
+  WeightDropout dropout;
+  void* workspace;
+};
+
+struct ProductKernel {
+  int64_t (*workspace)(const ProductParams&, int threads);
+  void (*run)(const ProductParams&, int threads);
+};
+
 struct KernelTable {
   const char* name;  // as ATEN_CPU_CAPABILITY spells it: default, avx2, avx512
   CellKernels cells[kCells][kDTypes];
+  ProductKernel storage_product[kDTypes];  // a, b storage; c compute
+  ProductKernel compute_product[kDTypes];  // a compute; b, c storage
   // out[e - begin] = 0 or 1 / (1 - p) for elements begin <= e < end of W_hh; out is compute.
   void (*mask_float)(const WeightDropout&, int64_t begin, int64_t end, float* out);
   void (*mask_double)(const WeightDropout&, int64_t begin, int64_t end, double* out);

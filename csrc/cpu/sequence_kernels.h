@@ -12,47 +12,16 @@
 
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
-#include "../philox.h"
 #include "../sequence.h"
 #include "kernels.h"
-#include "team.h"
+#include "mask.h"
+#include "pass.h"
+#include "product.h"
 #include "vector.h"
 
 namespace lstmx::LSTMX_ISA {
 
-// ---- Small pieces ------------------------------------------------------------------------------
-
-template <class T>
-LSTMX_INLINE T* at(void* p, int64_t index) {
-  return p ? static_cast<T*>(p) + index : nullptr;
-}
-template <class T>
-LSTMX_INLINE const T* at(const void* p, int64_t index) {
-  return p ? static_cast<const T*>(p) + index : nullptr;
-}
-
-template <class T>
-constexpr int64_t padded(int64_t units) {
-  return (units + Vec<T>::kLanes - 1) / Vec<T>::kLanes * Vec<T>::kLanes;
-}
-
-// Hands out pieces of the workspace; on a null base it only adds up their sizes.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    char* piece = base_ ? base_ + used_ : nullptr;
-    used_ += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
-    return reinterpret_cast<T*>(piece);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
+// ---- Time and work ------------------------------------------------------------------------------
 
 // Walks the steps in the order of forward, or of backward. A step's rows are a prefix of the batch.
 class Walk {
@@ -95,14 +64,6 @@ class Walk {
   int64_t index_;
 };
 
-struct Range {
-  int64_t begin, end;
-};
-
-constexpr Range share(int64_t count, int part, int parts) {
-  return {count * part / parts, count * (part + 1) / parts};
-}
-
 // Which rows and which unit tiles a member of the team works on. By rows there is no barrier, but
 // every core reads all weights; by units each core keeps its share of the weights in its own cache.
 struct Partition {
@@ -123,134 +84,6 @@ struct Partition {
 // A step must carry a few microseconds of work to pay for waking and awaiting a second thread.
 inline int useful_threads(const SequenceShape& shape, int64_t weight_bytes, int threads) {
   return shape.batch * weight_bytes < 400000 ? 1 : threads;
-}
-
-template <class Body>
-LSTMX_INLINE void run(int threads, Body& body) {
-  run_team(
-      threads,
-      [](void* context, int member, int team) { static_cast<Body*>(context)->run(member, team); },
-      &body);
-}
-
-// ---- Weight dropout ----------------------------------------------------------------------------
-
-// factor[e - begin] = 0 or the scale, for the elements begin <= e < end of W_hh.
-template <class T>
-void mask_factors(const MaskRule& rule, int64_t begin, int64_t end, T* factor) {
-  constexpr int kBlocks = 16;
-  T kept[4 * kBlocks];
-  const T scale = static_cast<T>(rule.scale);
-  int64_t first = begin / 4;
-  while (begin < end) {
-    auto blocks = philox_counters<kBlocks>(static_cast<uint64_t>(first));
-    philox4x32_10(blocks, rule.seed);
-    for (int n = 0; n < kBlocks; ++n) {
-      for (int w = 0; w < 4; ++w) kept[4 * n + w] = rule.keeps(blocks.word[w][n]) ? scale : T(0);
-    }
-    const int64_t skip = begin - 4 * first;
-    const int64_t count = std::min<int64_t>(4 * kBlocks - skip, end - begin);
-    std::memcpy(factor, kept + skip, static_cast<size_t>(count) * sizeof(T));
-    begin += count, factor += count, first += kBlocks;
-  }
-}
-
-template <class T>
-void mask_elements(const WeightDropout& dropout, int64_t begin, int64_t end, T* out) {
-  mask_factors(MaskRule::make(*dropout.seed, dropout.p), begin, end, out);
-}
-
-// ---- The product -------------------------------------------------------------------------------
-
-template <class T>
-struct Tile {
-  static constexpr int kLanes = Vec<T>::kLanes;
-  // Accumulators that leave room for a row of the panel and a broadcast.
-  static constexpr int kAccumulators = LSTMX_VECTOR_REGISTERS - LSTMX_VECTOR_REGISTERS / 8 - 2;
-  static constexpr int max_rows(int vectors) { return kAccumulators / vectors; }
-  // Rows of a panel that stay in half of a 32 KiB first-level cache while all tiles pass over them.
-  static constexpr int64_t max_depth(int vectors) {
-    return 24 * 1024 / (vectors * LSTMX_VECTOR_BYTES);
-  }
-};
-
-// c[kRows][kVectors] (+)= a[kRows, depth] * panel[depth][kVectors]
-template <class T, int kRows, int kVectors>
-__attribute__((noinline)) void multiply_tile(const T* a, int64_t lda, const T* panel, int64_t depth,
-                                             bool accumulate, T* c) {
-  using V = Vec<T>;
-  // Too few sums to hide the latency of a multiply-add are split in independent parts.
-  constexpr int kSplit = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
-  V sum[kSplit][kRows][kVectors];
-#pragma GCC unroll 4
-  for (int s = 0; s < kSplit; ++s) {
-#pragma GCC unroll 32
-    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n < kVectors; ++n) {
-        sum[s][m][n] =
-            s == 0 && accumulate ? load<T>(c + (m * kVectors + n) * V::kLanes) : V(T(0));
-      }
-    }
-  }
-  const auto multiply_row = [&](int64_t k, int s) __attribute__((always_inline)) {
-    V b[kVectors];
-#pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) b[n] = load<T>(panel + (k * kVectors + n) * V::kLanes);
-#pragma GCC unroll 32
-    for (int m = 0; m < kRows; ++m) {
-      const V broadcast = V(a[m * lda + k]);
-#pragma GCC unroll 4
-      for (int n = 0; n < kVectors; ++n) sum[s][m][n] = broadcast * b[n] + sum[s][m][n];
-    }
-  };
-  int64_t k = 0;
-  for (; k + kSplit <= depth; k += kSplit) {
-#pragma GCC unroll 4
-    for (int s = 0; s < kSplit; ++s) multiply_row(k + s, s);
-  }
-  for (; k < depth; ++k) multiply_row(k, 0);
-#pragma GCC unroll 32
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) {
-      V total = sum[0][m][n];
-#pragma GCC unroll 4
-      for (int s = 1; s < kSplit; ++s) total = total + sum[s][m][n];
-      store(c + (m * kVectors + n) * V::kLanes, total);
-    }
-  }
-}
-
-template <class T, int kVectors, int kRows = Tile<T>::max_rows(kVectors)>
-LSTMX_INLINE void multiply_rows(int64_t rows, const T* a, int64_t lda, const T* panel,
-                                int64_t depth, bool accumulate, T* c) {
-  if (rows == kRows) {
-    multiply_tile<T, kRows, kVectors>(a, lda, panel, depth, accumulate, c);
-  } else if constexpr (kRows > 1) {
-    multiply_rows<T, kVectors, kRows - 1>(rows, a, lda, panel, depth, accumulate, c);
-  }
-}
-
-// All rows times one panel. finish(row, rows, c) is called for each tile, with the product of rows
-// row, row + 1, ... in c[rows][kVectors][lanes], as soon as it is complete.
-template <class T, int kVectors, class Finish>
-LSTMX_INLINE void multiply_panel(const T* a, int64_t lda, Range rows, const T* panel, int64_t depth,
-                                 T* scratch, Finish&& finish) {
-  const int64_t count = rows.end - rows.begin;
-  const int64_t tiles = (count + Tile<T>::max_rows(kVectors) - 1) / Tile<T>::max_rows(kVectors);
-  const int64_t blocks =
-      (depth + Tile<T>::max_depth(kVectors) - 1) / Tile<T>::max_depth(kVectors);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t k = depth * block / blocks, k_end = depth * (block + 1) / blocks;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t first = count * tile / tiles, last = count * (tile + 1) / tiles;
-      T* c = scratch + first * kVectors * Vec<T>::kLanes;
-      multiply_rows<T, kVectors>(last - first, a + (rows.begin + first) * lda + k, lda,
-                                 panel + k * kVectors * Vec<T>::kLanes, k_end - k, block > 0, c);
-      if (block == blocks - 1) finish(rows.begin + first, last - first, c);
-    }
-  }
 }
 
 // ---- Forward -----------------------------------------------------------------------------------
@@ -462,8 +295,9 @@ class Backward {
     for (bool more = true; more;) {
       more = walk.advance();
       for (int64_t v = vectors.begin; v < vectors.end; v += kVectors) {
-        const int count = static_cast<int>(std::min<int64_t>(kVectors, vectors.end - v));
-        step_panel(count, walk, v * V::kLanes, rows, scratch, bias);
+        with_vectors(vectors.end - v, [&](auto count) {
+          step<count>(walk, v * V::kLanes, rows, scratch, bias);
+        });
       }
       if (partition.unit_parts > 1 || !more) barrier_.wait(team);
     }
@@ -506,20 +340,6 @@ class Backward {
       }
     }
     std::fill_n(bias_ + member * kGrads * Hp_, kGrads * Hp_, T(0));
-  }
-
-  LSTMX_INLINE void step_panel(int count, const Walk& walk, int64_t unit, Range rows, T* scratch,
-                               T* bias) const {
-    switch (count) {
-      case 1:
-        return step<1>(walk, unit, rows, scratch, bias);
-      case 2:
-        return step<2>(walk, unit, rows, scratch, bias);
-      case 3:
-        return step<3>(walk, unit, rows, scratch, bias);
-      default:
-        return step<4>(walk, unit, rows, scratch, bias);
-    }
   }
 
   // Rows that the step before (in time's reverse) computed gates for get W_hh^T dgates; of these,
@@ -682,6 +502,22 @@ constexpr cpu::CellKernels cell_kernels() {
           }};
 }
 
+template <class T, class A, class B, class C>
+constexpr cpu::ProductKernel product_kernel() {
+  using P = Product<T, A, B, C>;
+  return {[](const ProductParams& p, int threads) { return P(p, threads).workspace_bytes(); },
+          [](const ProductParams& p, int threads) {
+            P pass(p, threads);
+            run(p.m * p.n * p.k < 100000 ? 1 : threads, pass);
+          }};
+}
+
+template <class T, class Storage>
+constexpr void fill_products(cpu::KernelTable& table, DType dtype) {
+  table.storage_product[int(dtype)] = product_kernel<T, Storage, Storage, T>();
+  table.compute_product[int(dtype)] = product_kernel<T, T, Storage, Storage>();
+}
+
 template <class Cell>
 constexpr void fill_cell(cpu::CellKernels (&by_dtype)[kDTypes]) {
   by_dtype[int(DType::kFloat32)] = cell_kernels<Cell, float, float>();
@@ -695,6 +531,10 @@ constexpr cpu::KernelTable kernel_table(const char* name) {
   table.name = name;
   fill_cell<Lstm>(table.cells[int(cpu::CellKind::kLstm)]);
   fill_cell<Gru>(table.cells[int(cpu::CellKind::kGru)]);
+  fill_products<float, float>(table, DType::kFloat32);
+  fill_products<double, double>(table, DType::kFloat64);
+  fill_products<float, BFloat16>(table, DType::kBFloat16);
+  fill_products<float, Float16>(table, DType::kFloat16);
   table.mask_float = mask_elements<float>;
   table.mask_double = mask_elements<double>;
   return table;

@@ -71,7 +71,27 @@ struct Prepared {
   std::vector<int64_t> output_size() const {
     return batch_sizes ? std::vector<int64_t>{N, H} : std::vector<int64_t>{shape.steps, B, H};
   }
-  Tensor x_rows() const { return x.view({N, x.size(-1)}).to(compute); }
+  Tensor x_rows() const { return x.view({N, x.size(-1)}); }
+
+  // out = a b, times the mask if one is given: out is compute, or a is and the rest is storage.
+  void product(const Tensor& a, const Tensor& b, const Tensor& out,
+               const WeightDropout& mask = {}) const {
+    const auto& table = cpu::kernels();
+    const auto& kernel = a.scalar_type() == b.scalar_type()
+                             ? table.storage_product[int(dtype_of(b))]
+                             : table.compute_product[int(dtype_of(b))];
+    cpu::ProductParams p{a.size(0),         b.size(1),   a.size(1),   a.const_data_ptr(),
+                         a.stride(0),       a.stride(1), b.const_data_ptr(), b.stride(0),
+                         b.stride(1),       out.mutable_data_ptr(), out.stride(0), mask, nullptr};
+    // So few rows do not pay for packing b.
+    if (p.m < 16 && !mask.seed) {
+      out.copy_(at::mm(a.to(compute), b.to(compute)));
+      return;
+    }
+    const auto scratch = at::empty({kernel.workspace(p, threads)}, x.options().dtype(at::kByte));
+    p.workspace = scratch.mutable_data_ptr();
+    kernel.run(p, threads);
+  }
 
   Tensor x, w_ih, w_hh;
   OptionalTensor b_ih, b_hh, batch_sizes, seed;
@@ -84,27 +104,6 @@ struct Prepared {
   const cpu::CellKernels* kernels;
   int64_t G, states, saved, grads, input_grads, hidden_grads, input_rotation;
 };
-
-// In place: elements of W_hh, or of its gradient, times the mask.
-void apply_mask(const WeightDropout& dropout, const Tensor& w) {
-  const auto apply = [&](auto* data, auto* fill) {
-    using T = std::remove_pointer_t<decltype(data)>;
-    at::parallel_for(0, w.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-      constexpr int64_t kChunk = 1024;
-      T factor[kChunk];
-      for (int64_t e = begin; e < end; e += kChunk) {
-        const int64_t last = std::min(e + kChunk, end);
-        fill(dropout, e, last, factor);
-        for (int64_t i = e; i < last; ++i) data[i] *= factor[i - e];
-      }
-    });
-  };
-  if (w.scalar_type() == at::kDouble) {
-    apply(w.mutable_data_ptr<double>(), cpu::kernels().mask_double);
-  } else {
-    apply(w.mutable_data_ptr<float>(), cpu::kernels().mask_float);
-  }
-}
 
 // [N, H]: what each row's step had as its h_{t-1}.
 Tensor previous_hidden(const Prepared& in, const Tensor& y) {
@@ -133,13 +132,16 @@ Tensor previous_hidden(const Prepared& in, const Tensor& y) {
 Tensor recompute_gates(const Prepared& in, const Tensor& y, const Tensor& c,
                        const Tensor& h_prev) {
   auto saved = in.empty({in.N, in.saved, in.H});
-  auto w_hh = in.w_hh.to(in.compute);
+  auto h = h_prev, w_hh = in.w_hh;
   if (in.dropout.seed) {
-    if (w_hh.is_same(in.w_hh)) w_hh = w_hh.clone();
-    apply_mask(in.dropout, w_hh);
+    // As in forward, the masked weight is not rounded.
+    h = h.to(in.compute);
+    w_hh = w_hh * weight_mask_cpu(*in.seed, w_hh.sizes(), in.dropout.p, in.compute);
   }
-  const auto x_gates = at::mm(in.x_rows(), in.w_ih.to(in.compute).t());
-  const auto h_gates = at::mm(h_prev, w_hh.t());
+  const auto x_gates = in.empty_compute({in.N, in.G * in.H});
+  const auto h_gates = in.empty_compute({in.N, in.G * in.H});
+  in.product(in.x_rows(), in.w_ih.t(), x_gates);
+  in.product(h, w_hh.t(), h_gates);
   RecomputeParams p{};
   p.shape = in.shape;
   p.x_gates = x_gates.const_data_ptr();
@@ -170,7 +172,7 @@ ForwardResult sequence_forward_cpu(const SequenceArgs& args, bool save_gates, bo
   auto x_gates = save_gates && in.compute == in.x.scalar_type()
                      ? saved.view({in.N, in.saved * in.H}).narrow(1, 0, in.G * in.H)
                      : in.empty_compute({in.N, in.G * in.H});
-  at::mm_out(x_gates, in.x_rows(), in.w_ih.to(in.compute).t());
+  in.product(in.x_rows(), in.w_ih.t(), x_gates);
 
   const auto workspace = in.workspace(in.kernels->forward_workspace);
   SequenceForwardParams p{};
@@ -201,7 +203,7 @@ BackwardResult sequence_backward_cpu(const SequenceArgs& args, const OutputGrads
   const auto y = y_.contiguous(), c = c_.contiguous();
   const bool recompute = saved_.numel() == 0 && in.N > 0;
   Tensor h_prev;
-  if (recompute || need_w_hh) h_prev = previous_hidden(in, y).to(in.compute);
+  if (recompute || need_w_hh) h_prev = previous_hidden(in, y);
   const auto saved = recompute ? recompute_gates(in, y, c, h_prev) : saved_.contiguous();
 
   auto dgates = in.empty_compute({in.N, in.grads * in.H});
@@ -238,13 +240,17 @@ BackwardResult sequence_backward_cpu(const SequenceArgs& args, const OutputGrads
   const auto dgates_h = dgates.narrow(1, in.hidden_grads * in.H, in.G * in.H);
   Tensor dx, dw_ih, dw_hh, db_ih, db_hh;
   if (need_x) {
-    dx = at::mm(dgates_x, rotate(in.w_ih.to(in.compute), 1)).to(storage).view(in.x.sizes());
+    dx = in.empty(in.x.sizes());
+    in.product(dgates_x, rotate(in.w_ih, 1), dx.view({in.N, in.x.size(-1)}));
   }
-  if (need_w_ih) dw_ih = rotate(at::mm(dgates_x.t(), in.x_rows()), -1).to(storage);
+  if (need_w_ih) {
+    dw_ih = in.empty(in.w_ih.sizes());
+    in.product(dgates_x.t(), in.x_rows(), dw_ih);
+    dw_ih = rotate(dw_ih, -1);
+  }
   if (need_w_hh) {
-    dw_hh = at::mm(dgates_h.t(), h_prev);
-    if (in.dropout.seed) apply_mask(in.dropout, dw_hh);
-    dw_hh = dw_hh.to(storage);
+    dw_hh = in.empty(in.w_hh.sizes());
+    in.product(dgates_h.t(), h_prev, dw_hh, in.dropout);
   }
   if (need_b_ih) {
     const auto part = dbias.narrow(0, in.input_grads * in.H, in.G * in.H);
@@ -260,9 +266,15 @@ BackwardResult sequence_backward_cpu(const SequenceArgs& args, const OutputGrads
 
 Tensor weight_mask_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::ScalarType dtype) {
   check_weight_mask(seed, p, "p");
-  const auto compute = at::toOpMathType(dtype);
-  auto mask = at::ones(size, seed.options().dtype(compute));
-  apply_mask({seed.const_data_ptr<int64_t>(), p}, mask);
+  auto mask = at::empty(size, seed.options().dtype(at::toOpMathType(dtype)));
+  const WeightDropout dropout = {seed.const_data_ptr<int64_t>(), p};
+  at::parallel_for(0, mask.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+    if (mask.scalar_type() == at::kDouble) {
+      cpu::kernels().mask_double(dropout, begin, end, mask.mutable_data_ptr<double>() + begin);
+    } else {
+      cpu::kernels().mask_float(dropout, begin, end, mask.mutable_data_ptr<float>() + begin);
+    }
+  });
   return mask.to(dtype);
 }
 
