@@ -73,7 +73,7 @@ class _RecurrentModule(nn.RNNBase):
     def _set_class(self, cls: type) -> None:
         object.__dict__["__class__"].__set__(self, vars(cls).get("_plain", cls))
 
-    __class__ = property(_get_class, _set_class)  # type: ignore[assignment]  # not a plain type
+    __class__ = property(_get_class, _set_class)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Pickle refuses an object whose __class__ is not what it is about to create.

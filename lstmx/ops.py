@@ -41,8 +41,8 @@ def lstm_sequence(
         h0, c0: initial states, [B, H].
         w_ih, w_hh: weights, [4*H, I] and [4*H, H], in the order i f g o of ``torch.nn.LSTM``.
         b_ih, b_hh: biases, [4*H].
-        batch_sizes: int64 [T] on the CPU: how many rows take part in each step, never growing, as in
-            ``torch.nn.utils.rnn.PackedSequence``.
+        batch_sizes: int64 [T] on the CPU: how many rows take part in each step, never growing, as
+            in ``torch.nn.utils.rnn.PackedSequence``.
         reverse: walk from the last step to the first. ``y`` stays in the order of ``x``.
         seed: int64 tensor without dimensions, on the device of ``x``; draws the mask of weight
             dropout, see :func:`weight_mask`. None: no mask.

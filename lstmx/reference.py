@@ -67,7 +67,7 @@ def gru_step(
     return ((1 - z) * n + z * h,)
 
 
-# ---- Weight dropout ------------------------------------------------------------------------------
+# ---- Weight dropout ----------------------------------------------------------------------------
 
 
 def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
@@ -106,7 +106,7 @@ def weight_mask(
     return (kept.to(torch.float64) * (1 / (1 - p) if p < 1 else 0.0)).to(dtype).view(*size)
 
 
-# ---- A sequence ----------------------------------------------------------------------------------
+# ---- A sequence --------------------------------------------------------------------------------
 
 
 def run_sequence(
@@ -123,7 +123,7 @@ def run_sequence(
     seed: Tensor | None = None,
     weight_dropout: float = 0.0,
 ) -> tuple[list[Tensor], States]:
-    """One layer, one direction, all steps. Returns each state at all steps, and the final states."""
+    """One layer, one direction. Returns each state at all steps, and the final states."""
     if seed is not None and weight_dropout > 0:
         w_hh = w_hh * weight_mask(seed, w_hh.shape, weight_dropout, dtype=w_hh.dtype)
     inputs = x.unbind(0) if batch_sizes is None else x.split(batch_sizes.tolist())
@@ -169,7 +169,7 @@ def gru_sequence(
     return y, h_n
 
 
-# ---- Cells as a reader of the chapter meets them ---------------------------------------------------
+# ---- Cells as a reader of the chapter meets them -----------------------------------------------
 
 
 class LSTMCellPlain(nn.Module):
@@ -255,7 +255,7 @@ class GRUCell(nn.Module):
         return h, (h,)
 
 
-# ---- Modules ---------------------------------------------------------------------------------------
+# ---- Modules -----------------------------------------------------------------------------------
 
 
 class _Recurrent(nn.Module):
@@ -288,7 +288,10 @@ class _Recurrent(nn.Module):
         for layer in range(num_layers):
             width = input_size if layer == 0 else directions * hidden_size
             for suffix in self._suffixes(layer):
-                sizes = {"weight_ih": (rows, width), "weight_hh": (rows, hidden_size)}
+                sizes: dict[str, tuple[int, ...]] = {
+                    "weight_ih": (rows, width),
+                    "weight_hh": (rows, hidden_size),
+                }
                 if bias:
                     sizes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
                 for name, size in sizes.items():

@@ -17,8 +17,8 @@ struct Gru {
 
   // See Lstm::forward.
   template <class V>
-  LSTMX_HD static void forward(const V (&x)[kGates], const V (&h)[kGates],
-                               const V (&prev)[kStates], V (&next)[kStates], V (&saved)[kSaved]) {
+  LSTMX_HD static void forward(const V (&x)[kGates], const V (&h)[kGates], const V (&prev)[kStates],
+                               V (&next)[kStates], V (&saved)[kSaved]) {
     const V r = sigmoid(x[0] + h[0]);
     const V z = sigmoid(x[1] + h[1]);
     const V n = tanh(x[2] + r * h[2]);

@@ -18,8 +18,8 @@ struct Lstm {
 
   // x = W_ih x_t + b_ih and h = W_hh h_{t-1} + b_hh of this unit; prev and next are its states.
   template <class V>
-  LSTMX_HD static void forward(const V (&x)[kGates], const V (&h)[kGates],
-                               const V (&prev)[kStates], V (&next)[kStates], V (&saved)[kSaved]) {
+  LSTMX_HD static void forward(const V (&x)[kGates], const V (&h)[kGates], const V (&prev)[kStates],
+                               V (&next)[kStates], V (&saved)[kSaved]) {
     const V i = sigmoid(x[0] + h[0]);
     const V f = sigmoid(x[1] + h[1]);
     const V g = tanh(x[2] + h[2]);

@@ -31,8 +31,8 @@ LSTMX_HD float widen(Float16 x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, magnitude = x.bits & 0x7FFFu;
   // Shifted into place, the exponent is 112 too small; one multiplication mends it, subnormals too.
   const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
-  const uint32_t bits = magnitude >= 0x7C00u ? 0x7F800000u | (magnitude & 0x3FFu) << 13
-                                             : bit_cast<uint32_t>(scaled);
+  const uint32_t bits =
+      magnitude >= 0x7C00u ? 0x7F800000u | (magnitude & 0x3FFu) << 13 : bit_cast<uint32_t>(scaled);
   return bit_cast<float>(bits | sign);
 }
 

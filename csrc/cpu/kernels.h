@@ -22,8 +22,8 @@ struct CellKernels {
   void (*recompute)(const RecomputeParams&, int threads);
 };
 
-// c [m, n] = a [m, k] b [k, n], times the mask of a W_hh of c's size if there is one. Strides are in
-// elements; c's columns lie side by side.
+// c [m, n] = a [m, k] b [k, n], times the mask of a W_hh of c's size if there is one. Strides are
+// in elements; c's columns lie side by side.
 struct ProductParams {
   int64_t m, n, k;
   const void* a;

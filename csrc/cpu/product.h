@@ -43,8 +43,7 @@ __attribute__((noinline)) void multiply_tile(const T* a, int64_t lda, const T* p
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
       for (int n = 0; n < kVectors; ++n) {
-        sum[s][m][n] =
-            s == 0 && accumulate ? load<T>(c + (m * kVectors + n) * V::kLanes) : V(T(0));
+        sum[s][m][n] = s == 0 && accumulate ? load<T>(c + (m * kVectors + n) * V::kLanes) : V(T(0));
       }
     }
   }
@@ -253,9 +252,9 @@ class Product {
   const ProductParams& p_;
   const int64_t row_block_, depth_, panel_count_;
   Carver carver_;
-  T* panels_;             // for each panel [k][width]
-  T* blocks_ = nullptr;   // [threads][row_block][depth]: rows of a
-  T* scratch_;            // [threads][row_block][width]
+  T* panels_;            // for each panel [k][width]
+  T* blocks_ = nullptr;  // [threads][row_block][depth]: rows of a
+  T* scratch_;           // [threads][row_block][width]
   bool masked_;
   MaskRule rule_;
   Barrier barrier_;

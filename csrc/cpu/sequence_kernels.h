@@ -152,7 +152,8 @@ class Forward {
       widen_rows(at<Storage>(p_.initial[k], rows.begin * H_), rows.end - rows.begin,
                  state_[k] + rows.begin * Hp_);
     }
-    // Rows that join later (a packed sequence in reverse) find their initial state in either buffer.
+    // Rows that join later (a packed sequence in reverse) find their initial state in either
+    // buffer.
     widen_rows(at<Storage>(p_.initial[0], rows.begin * H_), rows.end - rows.begin,
                h_next_ + rows.begin * Hp_);
     if (member == 0) {
@@ -238,11 +239,11 @@ class Forward {
   const SequenceForwardParams& p_;
   const int64_t B_, H_, Hp_, tiles_, weight_bytes_;
   Carver carver_;
-  T* panels_;                  // [tiles][H][G][lanes]
-  T* bias_[2];                 // [G][Hp]: b_ih, b_hh
-  T* state_[Cell::kStates];    // [B][Hp]; h's turns with h_next, the others change in place
-  T* h_next_;                  // [B][Hp]
-  T* scratch_;                 // [threads][B][G][lanes]
+  T* panels_;                // [tiles][H][G][lanes]
+  T* bias_[2];               // [G][Hp]: b_ih, b_hh
+  T* state_[Cell::kStates];  // [B][Hp]; h's turns with h_next, the others change in place
+  T* h_next_;                // [B][Hp]
+  T* scratch_;               // [threads][B][G][lanes]
   bool masked_;
   MaskRule rule_;
   Barrier barrier_;
@@ -282,8 +283,7 @@ class Backward {
     // Both members of a pair must cut the vectors into the same panels.
     for (int other = 0; other < partition.unit_parts; ++other) {
       const Range mine = partition.tiles(Hp_ / V::kLanes, other);
-      const Range packed =
-          partition.unit_parts > 1 ? (other == member ? mine : Range{0, 0}) : mine;
+      const Range packed = partition.unit_parts > 1 ? (other == member ? mine : Range{0, 0}) : mine;
       pack(packed, partition.unit_parts > 1 ? 0 : member, partition.unit_parts > 1 ? 1 : team);
     }
     prepare(member, team);
@@ -295,9 +295,8 @@ class Backward {
     for (bool more = true; more;) {
       more = walk.advance();
       for (int64_t v = vectors.begin; v < vectors.end; v += kVectors) {
-        with_vectors(vectors.end - v, [&](auto count) {
-          step<count>(walk, v * V::kLanes, rows, scratch, bias);
-        });
+        with_vectors(vectors.end - v,
+                     [&](auto count) { step<count>(walk, v * V::kLanes, rows, scratch, bias); });
       }
       if (partition.unit_parts > 1 || !more) barrier_.wait(team);
     }
@@ -309,7 +308,8 @@ class Backward {
 
   // panel[row of W_hh][vector][lane], masked. The panels of `vectors` are dealt out to the parts.
   void pack(Range vectors, int part, int parts) const {
-    const Range panels = share((vectors.end - vectors.begin + kVectors - 1) / kVectors, part, parts);
+    const Range panels =
+        share((vectors.end - vectors.begin + kVectors - 1) / kVectors, part, parts);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const int64_t v = vectors.begin + panel * kVectors;
       const int64_t width = std::min<int64_t>(kVectors, vectors.end - v) * V::kLanes;
@@ -388,13 +388,11 @@ class Backward {
         }
         next[k] = load<T>(at<Storage>(p_.states[k], position), lanes);
         const Storage* before =
-            row < walk.next_rows
-                ? at<Storage>(p_.states[k], (walk.next_offset + row) * H_ + unit)
-                : at<Storage>(p_.initial[k], row * H_ + unit);
+            row < walk.next_rows ? at<Storage>(p_.states[k], (walk.next_offset + row) * H_ + unit)
+                                 : at<Storage>(p_.initial[k], row * H_ + unit);
         prev[k] = load<T>(before, lanes);
       }
-      const Storage* from =
-          at<Storage>(p_.saved, (walk.offset + row) * Cell::kSaved * H_ + unit);
+      const Storage* from = at<Storage>(p_.saved, (walk.offset + row) * Cell::kSaved * H_ + unit);
       for (int s = 0; s < Cell::kSaved; ++s) saved[s] = load<T>(from + s * H_, lanes);
 
       V dgates[kGrads], dprev[Cell::kStates];

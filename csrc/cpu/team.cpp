@@ -1,9 +1,13 @@
 #include "team.h"
 
+#include <sched.h>
+
 #ifdef _OPENMP
 #include <omp.h>
+#else
+#include <thread>
+#include <vector>
 #endif
-#include <sched.h>
 
 namespace lstmx {
 
@@ -33,8 +37,21 @@ void run_team(int threads, void (*body)(void*, int, int), void* context) {
     body(context, omp_get_thread_num(), omp_get_num_threads());
     return;
   }
+#else
+  static thread_local bool in_team = false;
+  if (threads > 1 && !in_team) {
+    const auto join = [&](int member) {
+      in_team = true;
+      body(context, member, threads);
+      in_team = false;
+    };
+    std::vector<std::thread> others;
+    for (int member = 1; member < threads; ++member) others.emplace_back(join, member);
+    join(0);
+    for (auto& other : others) other.join();
+    return;
+  }
 #endif
-  (void)threads;
   body(context, 0, 1);
 }
 

@@ -6,7 +6,8 @@
 
 namespace lstmx {
 
-// Spins briefly, then yields: a step of a small net takes microseconds, but the cores may be shared.
+// Spins briefly, then yields: a step of a small net takes microseconds, but the cores may be
+// shared.
 class Barrier {
  public:
   void wait(int team_size);

@@ -65,8 +65,8 @@ LSTMX_INLINE void store(Storage* p, Vec<T> v, int64_t count = Vec<T>::kLanes) {
   }
 }
 
-// 2^(factor x) = scale1 * scale2 * (1 + fraction), for |factor x| <= 150; two scales reach past float's range
-// at both ends, so that sigmoid's limits are exactly 0 and 1.
+// 2^(factor x) = scale1 * scale2 * (1 + fraction), for |factor x| <= 150; two scales reach past
+// float's range at both ends, so that sigmoid's limits are exactly 0 and 1.
 struct Exp2 {
   Vec<float> fraction, scale1, scale2;
 };

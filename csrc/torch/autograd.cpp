@@ -110,8 +110,7 @@ struct SequenceFunction : torch::autograd::Function<SequenceFunction> {
     }
     const OutputGrads given = {defined(grads[0]), defined(grads[1]), defined(grads[2]),
                                defined(grads[3])};
-    const auto found =
-        call_sequence_backward(args, given, saved[7], saved[8], saved[9], needed);
+    const auto found = call_sequence_backward(args, given, saved[7], saved[8], saved[9], needed);
     std::apply([&](const auto&... t) { (result.push_back(t), ...); }, found);
     return result;
   }

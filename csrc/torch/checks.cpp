@@ -29,10 +29,9 @@ void SequenceArgs::check() const {
               batch_sizes ? " with batch_sizes" : "", ", got size ", x.sym_sizes());
   TORCH_CHECK(x.sym_size(0) > 0, "Expected sequence length to be larger than 0 in RNN");
   const auto dtype = x.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
-                       dtype == at::kHalf,
-                   "x must have dtype float32, float64, bfloat16 or float16, got ",
-                   x.dtype().name());
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+      "x must have dtype float32, float64, bfloat16 or float16, got ", x.dtype().name());
   TORCH_CHECK(w_hh.dim() == 2, "w_hh must have 2 dimensions, got size ", w_hh.sym_sizes());
   TORCH_CHECK(h0.dim() == 2, "h0 must have 2 dimensions, got size ", h0.sym_sizes());
   TORCH_CHECK_VALUE(c0.has_value() == (states == 2), "c0 must be ",

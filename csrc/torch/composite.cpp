@@ -43,8 +43,8 @@ static ForwardResult run_cell(const SequenceArgs& args) {
 
   auto w_hh = args.w_hh;
   if (args.masked()) {
-    w_hh = w_hh * call_weight_mask(*args.seed, w_hh.sym_sizes(), args.weight_dropout,
-                                   w_hh.scalar_type());
+    w_hh = w_hh *
+           call_weight_mask(*args.seed, w_hh.sym_sizes(), args.weight_dropout, w_hh.scalar_type());
   }
   const auto x_gates = at::linear(args.x, args.w_ih, args.b_ih);
 
@@ -71,8 +71,7 @@ static ForwardResult run_cell(const SequenceArgs& args) {
     Cell::forward(x, h, prev, next, saved);
     for (int k = 0; k < kStates; ++k) {
       history[k][t] = next[k];
-      state[k] =
-          rows == B ? next[k] : at::cat({next[k], state[k].narrow(0, rows, B - rows)}, 0);
+      state[k] = rows == B ? next[k] : at::cat({next[k], state[k].narrow(0, rows, B - rows)}, 0);
     }
   }
   const auto join = [&](const std::vector<Tensor>& steps) {

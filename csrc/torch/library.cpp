@@ -13,7 +13,7 @@ namespace {
 
 // ---- Arguments as the schemas list them --------------------------------------------------------
 
-#define LSTMX_TAIL                                                                          \
+#define LSTMX_TAIL                                                                           \
   const OptionalTensor &b_ih, const OptionalTensor &b_hh, const OptionalTensor &batch_sizes, \
       bool reverse, const OptionalTensor &seed, double weight_dropout
 
@@ -31,9 +31,9 @@ template <LstmResult (*compute)(const SequenceArgs&, bool save_gates, bool cell_
 LstmResult lstm_sequence(const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
                          const Tensor& w_hh, LSTMX_TAIL, std::string_view memory,
                          bool cell_states) {
-  return compute({Lstm::kName, x, h0, c0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, seed,
-                  weight_dropout},
-                 saves_gates(memory), cell_states);
+  return compute(
+      {Lstm::kName, x, h0, c0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, seed, weight_dropout},
+      saves_gates(memory), cell_states);
 }
 
 template <LstmResult (*compute)(const SequenceArgs&, bool save_gates, bool cell_states)>
@@ -121,8 +121,7 @@ ForwardResult sequence_forward_meta(const SequenceArgs& args, bool save_gates, b
   const auto H = args.w_hh.sym_size(1);
   auto like_x = args.x.sym_sizes().vec();
   like_x.back() = H;
-  const auto N =
-      args.batch_sizes ? args.x.sym_size(0) : args.x.sym_size(0) * args.x.sym_size(1);
+  const auto N = args.batch_sizes ? args.x.sym_size(0) : args.x.sym_size(0) * args.x.sym_size(1);
   const std::vector<c10::SymInt> none = {0}, last = args.h0.sym_sizes().vec();
   return {empty(like_x), empty(last), empty(states > 1 ? last : none),
           empty(states > 1 && cell_states ? like_x : none),
@@ -189,8 +188,7 @@ TORCH_LIBRARY(lstmx, m) {
       "gru_sequence(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, "
       "Tensor? b_ih=None, Tensor? b_hh=None, *, Tensor? batch_sizes=None, bool reverse=False, "
       "Tensor? seed=None, float weight_dropout=0.0, str memory='high') -> (Tensor y, Tensor h_n)");
-  m.def(
-      "weight_mask(Tensor seed, SymInt[] size, float p, *, ScalarType dtype=float) -> Tensor");
+  m.def("weight_mask(Tensor seed, SymInt[] size, float p, *, ScalarType dtype=float) -> Tensor");
   m.def(
       "_sequence_forward(str cell, Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
       "Tensor? b_ih, Tensor? b_hh, Tensor? batch_sizes, bool reverse, Tensor? seed, "

@@ -20,11 +20,11 @@ using OptionalTensor = std::optional<Tensor>;
 
 struct SequenceArgs {
   std::string cell;
-  Tensor x;           // [T, B, I], or [N, I] with batch_sizes
-  Tensor h0;          // [B, H]
-  OptionalTensor c0;  // [B, H], for cells with a second state
-  Tensor w_ih;        // [G*H, I]
-  Tensor w_hh;        // [G*H, H]
+  Tensor x;                    // [T, B, I], or [N, I] with batch_sizes
+  Tensor h0;                   // [B, H]
+  OptionalTensor c0;           // [B, H], for cells with a second state
+  Tensor w_ih;                 // [G*H, I]
+  Tensor w_hh;                 // [G*H, H]
   OptionalTensor b_ih;         // [G*H]
   OptionalTensor b_hh;         // [G*H]
   OptionalTensor batch_sizes;  // int64 [T] on the CPU

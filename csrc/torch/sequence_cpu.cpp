@@ -80,9 +80,19 @@ struct Prepared {
     const auto& kernel = a.scalar_type() == b.scalar_type()
                              ? table.storage_product[int(dtype_of(b))]
                              : table.compute_product[int(dtype_of(b))];
-    cpu::ProductParams p{a.size(0),         b.size(1),   a.size(1),   a.const_data_ptr(),
-                         a.stride(0),       a.stride(1), b.const_data_ptr(), b.stride(0),
-                         b.stride(1),       out.mutable_data_ptr(), out.stride(0), mask, nullptr};
+    cpu::ProductParams p{a.size(0),
+                         b.size(1),
+                         a.size(1),
+                         a.const_data_ptr(),
+                         a.stride(0),
+                         a.stride(1),
+                         b.const_data_ptr(),
+                         b.stride(0),
+                         b.stride(1),
+                         out.mutable_data_ptr(),
+                         out.stride(0),
+                         mask,
+                         nullptr};
     // So few rows do not pay for packing b.
     if (p.m < 16 && !mask.seed) {
       out.copy_(at::mm(a.to(compute), b.to(compute)));
@@ -110,8 +120,8 @@ Tensor previous_hidden(const Prepared& in, const Tensor& y) {
   const auto& shape = in.shape;
   const auto rows = y.view({in.N, in.H});
   if (!shape.batch_sizes) {
-    const auto inner = shape.reverse ? rows.narrow(0, in.B, in.N - in.B)
-                                     : rows.narrow(0, 0, in.N - in.B);
+    const auto inner =
+        shape.reverse ? rows.narrow(0, in.B, in.N - in.B) : rows.narrow(0, 0, in.N - in.B);
     return shape.reverse ? at::cat({inner, in.initial[0]}) : at::cat({in.initial[0], inner});
   }
   std::vector<Tensor> pieces;
@@ -129,8 +139,7 @@ Tensor previous_hidden(const Prepared& in, const Tensor& y) {
 }
 
 // The gates, from the states alone: one GEMM for each half.
-Tensor recompute_gates(const Prepared& in, const Tensor& y, const Tensor& c,
-                       const Tensor& h_prev) {
+Tensor recompute_gates(const Prepared& in, const Tensor& y, const Tensor& c, const Tensor& h_prev) {
   auto saved = in.empty({in.N, in.saved, in.H});
   auto h = h_prev, w_hh = in.w_hh;
   if (in.dropout.seed) {
@@ -260,8 +269,9 @@ BackwardResult sequence_backward_cpu(const SequenceArgs& args, const OutputGrads
     const auto part = dbias.narrow(0, in.hidden_grads * in.H, in.G * in.H);
     db_hh = part.to(storage, /*non_blocking=*/false, /*copy=*/true);
   }
-  return {dx,    need_h0 ? dinitial[0] : Tensor(), need_c0 ? dinitial[1] : Tensor(), dw_ih, dw_hh,
-          db_ih, db_hh};
+  return {
+      dx,   need_h0 ? dinitial[0] : Tensor(), need_c0 ? dinitial[1] : Tensor(), dw_ih, dw_hh, db_ih,
+      db_hh};
 }
 
 Tensor weight_mask_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::ScalarType dtype) {

@@ -1,0 +1,79 @@
+# Everything a developer runs. VENV=path uses (or makes) another environment; an environment that
+# already has a torch keeps it.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BUILD ?= build/cpp
+
+bin := $(abspath $(VENV))/bin
+python := $(bin)/python
+sources := $(shell find csrc -type f) setup.py pyproject.toml
+cpp_files := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test check bench mutate lint format pytest slow ctest sanitize gpu clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.text  ## train the chapter's AWD-LSTM, compare it with the book, let it count
+	$(bin)/lstmx chapter --models 7 --plot build/demo.png --checkpoint build/demo
+
+test: pytest ctest lint  ## what must be green before a change lands
+
+check: slow mutate sanitize  ## what takes longer: slow tests, mutations, sanitizers
+
+pytest: $(VENV)/.dev
+	LSTMX_STRICT_SKIPS=1 $(bin)/pytest -q -m "not slow and not gpu"
+
+slow: $(VENV)/.dev
+	LSTMX_STRICT_SKIPS=1 $(bin)/pytest -q -m "slow and not gpu"
+
+mutate: $(VENV)/.dev  ## break each gradient term and the mask; every break must fail a test
+	$(python) tests/mutate.py
+
+ctest:  ## the C++ tests, without torch
+	cmake -S . -B $(BUILD) -DCMAKE_BUILD_TYPE=Release $(CMAKE_FLAGS)
+	cmake --build $(BUILD) -j 2
+	ctest --test-dir $(BUILD) --output-on-failure
+
+sanitize:  ## the C++ tests under AddressSanitizer with UBSan, then under ThreadSanitizer
+	$(MAKE) ctest BUILD=build/asan CMAKE_FLAGS=-DLSTMX_SANITIZE=address,undefined
+	$(MAKE) ctest BUILD=build/tsan CMAKE_FLAGS=-DLSTMX_SANITIZE=thread
+
+lint: $(VENV)/.dev  ## ruff, clang-format, mypy
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/clang-format --dry-run -Werror $(cpp_files)
+	$(bin)/mypy
+
+format: $(VENV)/.dev  ## format all code in place
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	$(bin)/clang-format -i $(cpp_files)
+
+bench: $(VENV)/.dev  ## time lstmx against torch.nn and print the table
+	$(python) -m benchmarks --json build/bench.json
+
+gpu:  ## on a machine with a GPU: build, test, benchmark
+	scripts/gpu_check.sh build/gpu
+
+clean:  ## remove everything that was built
+	rm -rf build dist lstmx/*.so *.egg-info $(VENV)/.text $(VENV)/.dev
+
+# ---- Environments: a stamp for each set of packages, newer than the sources it was built from.
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(python) -c "import torch" 2>/dev/null || $(bin)/pip install -q "$(TORCH)"
+	$(bin)/pip install -q "setuptools>=77" wheel ninja pybind11
+	touch $@
+
+$(VENV)/.text: $(VENV)/.torch $(sources)
+	LSTMX_WERROR=1 $(bin)/pip install -q --no-build-isolation -e '.[text]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(sources)
+	LSTMX_WERROR=1 $(bin)/pip install -q --no-build-isolation -e '.[dev]'
+	touch $@ $(VENV)/.text
