@@ -32,7 +32,7 @@ OptionalTensor contiguous(const OptionalTensor& t) {
 // The arguments as the kernels want them: dense, with every size at hand.
 struct Prepared {
   explicit Prepared(const SequenceArgs& args)
-      : x(args.x.contiguous()),
+      : x((args.check(), args.x.contiguous())),
         w_ih(args.w_ih),
         w_hh(args.w_hh.contiguous()),
         b_ih(contiguous(args.b_ih)),
@@ -44,7 +44,6 @@ struct Prepared {
         B(args.h0.size(0)),
         N(args.batch_sizes ? x.size(0) : x.size(0) * B),
         threads(at::get_num_threads()) {
-    args.check();
     shape = {args.check_batch_sizes(), B, H,
              batch_sizes ? batch_sizes->const_data_ptr<int64_t>() : nullptr, args.reverse};
     initial[0] = args.h0.contiguous();

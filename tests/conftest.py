@@ -1,0 +1,29 @@
+"""Rules for all tests: seeded, and no skip that nobody expects."""
+
+import os
+
+import pytest
+import torch
+
+# The only reasons for which a test may be skipped, by their first words.
+EXPECTED_SKIPS = ("needs a CUDA device", "needs a machine with AVX")
+
+_unexpected: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        if not reason.startswith(EXPECTED_SKIPS):
+            _unexpected.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _unexpected and os.environ.get("LSTMX_STRICT_SKIPS") == "1":
+        print("\nskipped for an unexpected reason:", *_unexpected, sep="\n  ")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
