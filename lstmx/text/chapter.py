@@ -230,7 +230,7 @@ def train(
     experiment = find(name)
     pl.seed_everything(seed, verbose=False)
     model = experiment.make(backend)
-    batches = experiment.batches(data.human_number_ids())
+    batches: Any = experiment.batches(data.human_number_ids())
     history = History()
     callbacks: list[pl.Callback] = [ModelResetter(), history]
     epochs = epochs or experiment.recipe.epochs
