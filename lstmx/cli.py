@@ -41,6 +41,7 @@ def chapter(
     ] = None,
 ) -> None:
     """Train the models of fast.ai's chapter 12 and compare them with the book."""
+    from lstmx.environment import write_json
     from lstmx.text import chapter as experiments
     from lstmx.text import pictures
     from lstmx.text.generation import continue_text
@@ -73,7 +74,7 @@ def chapter(
             f"model {name} continues: [dim]{experiments.PROMPT}[/dim] {text}", highlight=False
         )
     if json is not None:
-        experiments.write_json(experiments.as_json(results, backend), json)
+        write_json(experiments.as_json(results, backend), json)
         console.print(f"numbers: {json}", highlight=False)
     if plot is not None:
         pictures.save(pictures.learning_curves(results), plot)

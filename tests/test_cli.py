@@ -40,8 +40,8 @@ def test_chapter(tmp_path):
     [
         (["--models", "9"], "models must be among"),
         (["--backend", "cudnn"], "backend must be one of"),
-        (["--seeds", "0"], "0 is not in"),
-        (["--threads", "0"], "0 is not in"),
+        (["--seeds", "0"], "greater than or equal to 1"),
+        (["--threads", "0"], "greater than or equal to 1"),
     ],
 )
 def test_refusals(arguments, words):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import statistics
 import time
 import warnings
@@ -21,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lstmx.environment import environment
-from lstmx.text import data, human_numbers
+from lstmx.text import data
 from lstmx.text import models as m
 from lstmx.text.training import History, LanguageModelTask, ModelResetter, Recipe
 
@@ -321,16 +319,3 @@ def as_json(results: dict[str, list[Run]], backend: str) -> dict[str, Any]:
             }
         )
     return {"environment": environment(), "backend": backend, "results": rows}
-
-
-def write_json(value: dict[str, Any], path: Path) -> None:
-    """Writes to a temporary file beside it first, so that a file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def words_of(ids: list[int]) -> str:
-    """Ids of the data set as text; for looking at batches."""
-    return human_numbers.decode(ids)

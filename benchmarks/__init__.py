@@ -1,0 +1,1 @@
+"""Times the cases of tests/cases.py on several providers: ``python -m benchmarks``."""
