@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -25,8 +26,8 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def learning_curves(results: dict[str, list[Run]]) -> Figure:
-    """Validation loss and accuracy by epoch; every seed thin, the mean thick, the book dashed."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    """Validation loss and accuracy by epoch; mean and standard deviation over seeds, and the book."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2))
     for axis, key, label, place in (
         (axes[0], "valid_loss", "validation loss (nats)", 0),
         (axes[1], "accuracy", "accuracy", 1),
@@ -35,10 +36,13 @@ def learning_curves(results: dict[str, list[Run]]) -> Figure:
             color = f"C{index}"
             curves = [[epoch[key] for epoch in run.epochs] for run in runs]
             epochs = range(1, len(curves[0]) + 1)
-            for curve in curves:
-                axis.plot(epochs, curve, color=color, alpha=0.25, linewidth=0.8)
-            mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
             axis.plot(epochs, mean, color=color, linewidth=2, label=f"model {name}")
+            if len(curves) > 1:
+                spread = [statistics.stdev(values) for values in zip(*curves, strict=True)]
+                low = [m - s for m, s in zip(mean, spread, strict=True)]
+                high = [m + s for m, s in zip(mean, spread, strict=True)]
+                axis.fill_between(epochs, low, high, color=color, alpha=0.12, linewidth=0)
             book = find(name).book
             if book is not None:
                 axis.axhline(book[place], color=color, linestyle="--", linewidth=1)
@@ -47,6 +51,6 @@ def learning_curves(results: dict[str, list[Run]]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     axes[1].plot([], [], color="gray", linestyle="--", linewidth=1, label="the book, last epoch")
-    axes[1].legend(frameon=False, loc="lower right")
+    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     return figure
