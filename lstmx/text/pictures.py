@@ -26,7 +26,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def learning_curves(results: dict[str, list[Run]]) -> Figure:
-    """Validation loss and accuracy by epoch; mean and standard deviation over seeds, and the book."""
+    """Validation loss and accuracy by epoch: mean and deviation over seeds, and the book."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.2))
     for axis, key, label, place in (
         (axes[0], "valid_loss", "validation loss (nats)", 0),

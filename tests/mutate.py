@@ -1,0 +1,200 @@
+"""Breaks each gradient term and the mask, one at a time; each break must fail a test.
+
+    make mutate
+
+A mutation of the torch-free part is compiled with the C++ tests, for one instruction set. One of
+the binding is compiled in a copy of the tree and meets the Python tests. A mutation that no test
+notices, or whose text is no longer in the source, fails the run.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "mutate"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In csrc/``file``, the one occurrence of ``old`` becomes ``new``."""
+
+    file: str
+    old: str
+    new: str
+
+    def apply(self, csrc: Path) -> str:
+        """Changes the file below ``csrc``; returns its text from before."""
+        path = csrc / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            sys.exit(f"{self.file} has {text.count(self.old)} places like {self.old!r}, not one")
+        path.write_text(text.replace(self.old, self.new))
+        return text
+
+
+LSTM, GRU, PHILOX = "cells/lstm.h", "cells/gru.h", "philox.h"
+KERNELS, PRODUCT, TORCH = "cpu/sequence_kernels.h", "cpu/product.h", "torch/sequence_cpu.cpp"
+
+# fmt: off
+CPP = [
+    Mutation(LSTM, "dc * g * i * (1 - i)", "dc * g * i"),
+    Mutation(LSTM, "dc * prev[1] * f * (1 - f)", "dc * next[1] * f * (1 - f)"),
+    Mutation(LSTM, "dc * i * (1 - g * g)", "dc * i * (1 - g)"),
+    Mutation(LSTM, "dnext[0] * tanh_c * o * (1 - o)", "dnext[0] * tanh_c * (1 - o)"),
+    Mutation(LSTM, "dnext[1] + dnext[0] * o", "dnext[0] * o"),
+    Mutation(LSTM, "o * (1 - tanh_c * tanh_c)", "o"),
+    Mutation(LSTM, "dprev[1] = dc * f", "dprev[1] = dc"),
+    Mutation(LSTM, "next[1] = f * prev[1] + i * g", "next[1] = f * prev[1] + i"),
+    Mutation(GRU, "dnext[0] * (1 - z) * (1 - n * n)", "dnext[0] * (1 - n * n)"),
+    Mutation(GRU, "dn * hn * r * (1 - r)", "dn * r * (1 - r)"),
+    Mutation(GRU, "dnext[0] * (prev[0] - n) * z * (1 - z)", "dnext[0] * (prev[0] - n) * z"),
+    Mutation(GRU, "dgates[3] = dn * r", "dgates[3] = dn"),
+    Mutation(GRU, "dprev[0] = dnext[0] * z", "dprev[0] = dnext[0]"),
+    Mutation(PHILOX, "round < 10", "round < 9"),
+    Mutation(PHILOX, "key1 += 0xBB67AE85u", "key1 += 0xBB67AE84u"),
+    Mutation(PHILOX, "p < 1 ? 1 / (1 - p) : 0", "1"),
+    Mutation(PHILOX, "word >= threshold", "word < threshold"),
+    Mutation(KERNELS, "widen(w[i]) * factor[i]", "widen(w[i])"),
+    Mutation(KERNELS, "to[i] *= factor[i]", "to[i] *= T(1)"),
+    Mutation(KERNELS, "dnext[0] = dnext[0] + load<T>(c + i * c_stride)", "dnext[0] = dnext[0]"),
+    Mutation(KERNELS, "dnext[k] = dnext[k] + load<T>(at<Storage>(p_.dstates[k]", "dnext[k] = load<T>(at<Storage>(p_.dstates[k]"),
+    Mutation(KERNELS, "at<Storage>(p_.dlast[k], row * H_)", "at<Storage>(static_cast<void*>(nullptr), row * H_)"),
+    Mutation(KERNELS, "sum[g] = sum[g] + dgates[g]", "sum[g] = dgates[g]"),
+    Mutation(KERNELS, "part < parts; ++part", "part < 1; ++part"),
+    Mutation(KERNELS, "store(carry_[k] + inner, dprev[k])", "store(carry_[k] + inner, dnext[k])"),
+    Mutation(KERNELS, "row < walk.next_rows ?", "row <= walk.next_rows ?"),
+    Mutation(KERNELS, "load<T>(c + g * V::kLanes) + bias_hh[g]", "load<T>(c + g * V::kLanes)"),
+    Mutation(PRODUCT, "if (masked_) value = value * load<T>(factor + n, lanes);", ""),
+    Mutation(PRODUCT, "s == 0 && accumulate", "false"),
+]
+BINDING = [
+    Mutation(TORCH, "h_prev, dw_hh, in.dropout)", "h_prev, dw_hh)"),
+    Mutation(TORCH, "rotate(in.w_ih, 1)", "in.w_ih"),
+    Mutation(TORCH, "dw_ih = rotate(dw_ih, -1)", "dw_ih = rotate(dw_ih, 0)"),
+    Mutation(TORCH, "db_ih = rotate(part, -1)", "db_ih = rotate(part, 0)"),
+    Mutation(TORCH, "dbias.narrow(0, in.hidden_grads * in.H", "dbias.narrow(0, in.input_grads * in.H"),
+    Mutation(TORCH, "dgates.narrow(1, in.hidden_grads * in.H", "dgates.narrow(1, in.input_grads * in.H"),
+    Mutation(TORCH, "at::cat({inner, in.initial[0]})", "at::cat({in.initial[0], inner})"),
+    Mutation(TORCH, "  if (in.dropout.seed) {\n    // As in forward", "  if (false) {\n    // As in forward"),
+    Mutation(TORCH, "{contiguous(grads[1]), contiguous(grads[2])}", "{std::nullopt, contiguous(grads[2])}"),
+    Mutation(TORCH, "{contiguous(grads[0]), contiguous(grads[3])}", "{contiguous(grads[0]), std::nullopt}"),
+    Mutation("torch/autograd.cpp", "/*create_graph=*/true", "/*create_graph=*/false"),
+    Mutation("torch/composite.cpp", "kept.to(dtype).mul(p < 1 ? 1 / (1 - p) : 0.0)", "kept.to(dtype)"),
+]
+# fmt: on
+
+PYTHON_TESTS = [
+    "tests/test_sequence.py::test_float64_equals_reference_and_torch",
+    "tests/test_autograd.py::test_gradcheck",
+    "tests/test_autograd.py::test_gradgradcheck",
+    "tests/test_weight_dropout.py::test_the_composite_draws_the_same_mask",
+]
+
+# Stands in for the instruction sets that are not compiled here; never called.
+STUB = """
+#include "cpu/kernels.h"
+namespace lstmx::cpu {
+extern const KernelTable kAvx2Kernels{}, kAvx512Kernels{};
+}
+"""
+
+
+def run(command: list[str], **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def failed_cpp_test(mutation: Mutation | None) -> str | None:
+    """The first C++ test that fails with the mutation, or None."""
+    compiler = os.environ.get("CXX", "c++")
+    with tempfile.TemporaryDirectory() as name:
+        tree = Path(name)
+        shutil.copytree(ROOT / "csrc", tree / "csrc")
+        if mutation is not None:
+            mutation.apply(tree / "csrc")
+        (tree / "stub.cpp").write_text(STUB)
+        cpu = [
+            tree / "csrc" / "cpu" / f"{n}.cpp" for n in ("dispatch", "team", "sequence_baseline")
+        ]
+        for test, sources in (
+            ("test_philox", []),
+            ("test_cells", []),
+            ("test_sequence", [*cpu, tree / "stub.cpp"]),
+        ):
+            flags = ["-std=c++20", "-O1", "-I", str(tree / "csrc"), "-pthread"]
+            source = str(ROOT / "tests" / "cpp" / f"{test}.cpp")
+            built = run([compiler, *flags, source, *map(str, sources), "-o", str(tree / test)])
+            if built.returncode != 0:
+                sys.exit(f"{mutation} does not compile:\n{built.stderr[:2000]}")
+            done = run([str(tree / test)], env=os.environ | {"ATEN_CPU_CAPABILITY": "default"})
+            if done.returncode != 0:
+                failed = re.search(r"^FAILED (\w+)", done.stdout, re.MULTILINE)
+                return f"{test}: {failed[1] if failed else 'crashed'}"
+    return None
+
+
+def build_binding() -> None:
+    """Builds the extension in the copy of the tree, as far as files have changed."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    built = run(command, cwd=BUILD, env=os.environ | {"LSTMX_CUDA": "0", "LSTMX_WERROR": "0"})
+    if built.returncode != 0:
+        sys.exit(f"the binding does not compile:\n{built.stdout}\n{built.stderr}")
+
+
+def failed_python_test(mutation: Mutation | None) -> str | None:
+    """The first Python test that fails with the mutation, or None."""
+    before = mutation.apply(BUILD / "csrc") if mutation is not None else ""
+    build_binding()
+    # -P: the tests must meet the copy, which is first on the path, and nothing beside it.
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *PYTHON_TESTS]
+    done = run(tests, cwd=BUILD, env=os.environ | {"PYTHONPATH": str(BUILD)})
+    if mutation is not None:
+        (BUILD / "csrc" / mutation.file).write_text(before)
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
+    if failed is None:
+        sys.exit(f"the tests could not run:\n{done.stdout}\n{done.stderr}")
+    return failed[1]
+
+
+def report(mutation: Mutation, failed: str | None) -> bool:
+    change = f"{mutation.old.strip()} -> {mutation.new.strip() or '(nothing)'}".replace("\n", " ")
+    print(f"{'killed' if failed else 'SURVIVED':8}  {mutation.file:24}  {change}")
+    print(f"{'':8}  by {failed}" if failed else f"{'':8}  NO TEST FAILED", flush=True)
+    return failed is not None
+
+
+def main() -> None:
+    start = time.monotonic()
+    if (failed := failed_cpp_test(None)) is not None:
+        sys.exit(f"fails without any mutation: {failed}")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        killed = [report(*pair) for pair in zip(CPP, pool.map(failed_cpp_test, CPP), strict=True)]
+
+    shutil.rmtree(BUILD, ignore_errors=True)
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("csrc", "lstmx", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, BUILD / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, BUILD / name)
+    if (failed := failed_python_test(None)) is not None:
+        sys.exit(f"fails without any mutation: {failed}")
+    killed += [report(mutation, failed_python_test(mutation)) for mutation in BINDING]
+
+    print(f"{sum(killed)} of {len(killed)} mutations killed in {time.monotonic() - start:.0f} s")
+    if not all(killed):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What a user installs: sdist and wheel, from nothing but the sources and torch."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lstmx
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_setup_py_is_short():
+    assert len((ROOT / "setup.py").read_text().splitlines()) < 80
+
+
+def test_one_place_for_the_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", lstmx.__version__)
+    files = run("git", "ls-files", "*.py", "*.toml", "*.txt", "*.cpp", "*.h", cwd=ROOT).split()
+    holders = [name for name in files if f'"{lstmx.__version__}"' in (ROOT / name).read_text()]
+    assert holders == ["lstmx/_version.py"]
+
+
+def test_without_torch_there_is_a_clear_message(tmp_path):
+    """-I -S: an interpreter with setuptools, and without torch."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
+    (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "Install torch first, then: pip install --no-build-isolation ." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ("yes", "LSTMX_CUDA must be auto, 0 or 1, got 'yes'"),
+        ("1", "LSTMX_CUDA=1 needs a CUDA build"),
+    ],
+)
+def test_what_cannot_be_built_is_said(choice, words):
+    import torch
+
+    if choice == "1" and torch.version.cuda is not None:
+        words = ""  # a CUDA torch: then there is nothing to refuse
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env=os.environ | {"LSTMX_CUDA": choice},
+        capture_output=True,
+        text=True,
+    )
+    assert words in done.stderr
+
+
+def test_the_core_imports_only_torch():
+    """Without the extras: nothing of theirs is imported by lstmx itself."""
+    program = (
+        "import sys; before = set(sys.modules); import torch; known = set(sys.modules)\n"
+        "import lstmx\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - known}\n"
+        "print(sorted(new - set(sys.stdlib_module_names)))"
+    )
+    assert run(sys.executable, "-c", program).strip() == "['lstmx']"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sdist_and_wheel(tmp_path):
+    """The wheel is built from the unpacked sdist, installed elsewhere, and used."""
+    run(
+        *(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path)),
+        cwd=ROOT,
+        env=os.environ | {"LSTMX_CUDA": "0"},
+    )
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    (wheel,) = tmp_path.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    sources = run("git", "ls-files", "csrc", "lstmx", cwd=ROOT).split()
+    assert set(sources) <= names
+    with zipfile.ZipFile(wheel) as archive:
+        installed = set(archive.namelist())
+    assert {"lstmx/py.typed", "lstmx/_C.pyi", "lstmx/modules.py"} <= installed
+    assert not any(name.startswith(("csrc", "tests", "benchmarks")) for name in installed)
+
+    environment = tmp_path / "environment"
+    run(sys.executable, "-m", "venv", str(environment))
+    python = environment / "bin" / "python"
+    site = run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    # This environment's torch; lstmx itself must come from the wheel.
+    (Path(site) / "torch.pth").write_text(sysconfig.get_path("purelib"))
+    run(str(python), "-m", "pip", "install", "--no-deps", "--no-index", "-q", str(wheel))
+    program = (
+        "import torch, lstmx; print(lstmx.__file__); m = lstmx.LSTM(2, 3, weight_dropout=0.5)\n"
+        "m(torch.randn(4, 1, 2))[0].sum().backward(); print(m.weight_hh_l0.grad.shape)"
+    )
+    printed = run(str(python), "-c", program, cwd=tmp_path).splitlines()
+    assert printed[0].startswith(site)
+    assert printed[1] == "torch.Size([12, 3])"
