@@ -1,6 +1,6 @@
 """Writes the tables of the README from the committed results: ``python -m benchmarks.readme``.
 
-A table stands between ``<!-- name -->`` and ``<!-- /name -->``. A test checks that they are current.
+A table stands between ``<!-- name -->`` and ``<!-- /name -->``; a test checks that it is current.
 """
 
 from __future__ import annotations
