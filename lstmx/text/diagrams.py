@@ -6,6 +6,8 @@ arrows of one colour are one layer, with one matrix of weights.
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,7 +33,12 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _node(axis: Axes, at: Point, kind: str, text: str = "") -> None:
     x, y = at
-    look = {"facecolor": FACES[kind], "edgecolor": "#444444", "linewidth": 1.2, "zorder": 2}
+    look: dict[str, Any] = {
+        "facecolor": FACES[kind],
+        "edgecolor": "#444444",
+        "linewidth": 1.2,
+        "zorder": 2,
+    }
     if kind == "input":
         box = (x - GAP + 0.06, y - GAP / 2)
         size = (2 * GAP - 0.12, GAP)
@@ -190,7 +197,7 @@ def lstm_cell() -> Figure:
         FancyBboxPatch((1.2, 0.8), 6.2, 3.2, boxstyle="round,pad=0.15", facecolor="#fafafa",
                        edgecolor="#999999", zorder=0)
     )  # fmt: skip
-    line = {"color": "#444444", "linewidth": 1.6, "zorder": 1}
+    line: dict[str, Any] = {"color": "#444444", "linewidth": 1.6, "zorder": 1}
     top, bottom = 3.5, 1.2
     gates = {"f": 2.0, "i": 3.2, "g": 4.3, "o": 5.4}
 

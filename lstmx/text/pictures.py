@@ -10,10 +10,14 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only: no display is needed
 
+import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from torch import nn
 
 from lstmx.text.chapter import Run, find
+from lstmx.text.diagrams import DIAGRAMS
+from lstmx.text.memory import NAMES, MemoryResult
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -54,3 +58,102 @@ def learning_curves(results: dict[str, list[Run]]) -> Figure:
     axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     return figure
+
+
+def _norms_over_time(cell: nn.Module, steps: int, *, relu: bool) -> tuple[list[float], list[float]]:
+    """Norm of the state at each step, and of the last step's gradient by that state."""
+    hidden = 64
+    states, x = [], torch.randn(steps, 1, hidden)
+    h = torch.zeros(1, hidden, requires_grad=True)
+    c = torch.zeros(1, hidden, requires_grad=True)
+    for t in range(steps):
+        if isinstance(cell, nn.LSTMCell):
+            h, c = cell(x[t], (h, c))
+            states.append(c)
+        else:
+            h = torch.relu(cell(h) + x[t]) if relu else torch.tanh(cell(h) + x[t])
+            states.append(h)
+    grads = torch.autograd.grad(h.sum(), states)
+    return [s.norm().item() for s in states], [max(g.norm().item(), 1e-30) for g in grads]
+
+
+def gradients(steps: int = 60) -> Figure:
+    """What a net's activations, and the gradients of its last step, do over time."""
+    torch.manual_seed(0)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2))
+    rotation = torch.linalg.qr(torch.randn(64, 64)).Q
+    for index, (name, scale, relu) in enumerate(
+        (
+            ("RNN, ReLU, large weights", 1.8, True),
+            ("RNN, ReLU, small weights", 1.0, True),
+            ("RNN, tanh", 1.0, False),
+            ("LSTM, cell state, forget gate near 1", None, False),
+        )
+    ):
+        cell: nn.Module
+        if scale is None:
+            cell = nn.LSTMCell(64, 64)
+            with torch.no_grad():
+                cell.bias_hh[64:128] += 4.0  # remember, until training says otherwise
+        else:
+            cell = nn.Linear(64, 64, bias=False)
+            with torch.no_grad():
+                cell.weight.copy_(rotation * scale)
+        activations, grads = _norms_over_time(cell, steps, relu=relu)
+        for axis, values in zip(axes, (activations, grads), strict=True):
+            axis.semilogy(range(1, steps + 1), values, color=f"C{index}", linewidth=2, label=name)
+    axes[0].set_ylabel("norm of the state")
+    axes[1].set_ylabel("norm of d(last output) / d(state)")
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False, loc="upper left", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def memory(results: list[MemoryResult]) -> Figure:
+    """Accuracy by distance: every seed a dot, the mean a line."""
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    for index, cell in enumerate(dict.fromkeys(result.cell for result in results)):
+        of_cell = [result for result in results if result.cell == cell]
+        axis.plot(
+            [result.distance for result in of_cell],
+            [result.accuracy for result in of_cell],
+            "o",
+            color=f"C{index}",
+            alpha=0.4,
+        )
+        distances = sorted({result.distance for result in of_cell})
+        means = [
+            statistics.mean(r.accuracy for r in of_cell if r.distance == distance)
+            for distance in distances
+        ]
+        axis.plot(distances, means, color=f"C{index}", linewidth=2, label=cell)
+    axis.axhline(1 / len(NAMES), color="gray", linestyle="--", linewidth=1)
+    axis.text(results[0].distance, 1 / len(NAMES) + 0.02, "guessing", color="gray", fontsize=9)
+    axis.set_xscale("log", base=2)
+    distances = sorted({result.distance for result in results})
+    axis.set_xticks(distances, [str(distance) for distance in distances])
+    axis.set_ylim(0, 1.05)
+    axis.set_xlabel("words between name and question")
+    axis.set_ylabel("accuracy")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, loc="center left")
+    figure.tight_layout()
+    return figure
+
+
+def save_all(directory: Path, results: dict[str, list[Run]] | None = None) -> list[Path]:
+    """All diagrams of the chapter, and the learning curves if there are results."""
+    figures = DIAGRAMS | {"gradients": gradients}
+    paths = []
+    for name, draw in figures.items():
+        paths.append(directory / f"{name}.png")
+        save(draw(), paths[-1])
+    if results:
+        paths.append(directory / "learning-curves.png")
+        save(learning_curves(results), paths[-1])
+    return paths
