@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 import lstmx
 from lstmx.cli import app
+from lstmx.text.diagrams import DIAGRAMS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:"),  # Lightning's own call
@@ -20,7 +21,9 @@ def run(*arguments):
 
 def test_chapter(tmp_path):
     numbers, plot, models = tmp_path / "a" / "n.json", tmp_path / "b" / "p.png", tmp_path / "c"
+    pictures = tmp_path / "d"
     files = ["--json", str(numbers), "--plot", str(plot), "--checkpoint", str(models)]
+    files += ["--pictures", str(pictures)]
     done = run("chapter", "--models", "1,3", "--seeds", "2", *files)
     assert done.exit_code == 0, done.output
     assert "0.494" in done.output  # the book
@@ -30,6 +33,8 @@ def test_chapter(tmp_path):
     assert [len(run["epochs"]) for run in written["results"][0]["runs"]] == [4, 4]
     assert written["environment"]["lstmx"] == lstmx.__version__
     assert plot.read_bytes().startswith(b"\x89PNG")
+    drawn = {path.stem for path in pictures.iterdir()}
+    assert drawn == {*DIAGRAMS, "gradients", "learning-curves"}
     names = ["1-seed0.ckpt", "1-seed1.ckpt", "3-seed0.ckpt", "3-seed1.ckpt"]
     assert sorted(path.name for path in models.iterdir()) == names
     assert not list(tmp_path.rglob("*.tmp"))
@@ -48,6 +53,26 @@ def test_refusals(arguments, words):
     done = run("chapter", *arguments)
     assert done.exit_code == 2
     assert words in done.output
+
+
+def test_memory(tmp_path):
+    numbers, plot = tmp_path / "n.json", tmp_path / "p.png"
+    files = ["--json", str(numbers), "--plot", str(plot)]
+    done = run("memory", "--distances", "0,2", "--seeds", "1", *files)
+    assert done.exit_code == 0, done.output
+    results = json.loads(numbers.read_text())["results"]
+    assert [(r["cell"], r["distance"]) for r in results] == [
+        (cell, distance) for distance in (0, 2) for cell in ("RNN", "LSTM", "GRU")
+    ]
+    assert all(r["accuracy"] > 0.9 for r in results)  # so short a distance is easy
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("distances", ["5,x", "-1", ""])
+def test_memory_refuses(distances):
+    done = run("memory", "--distances", distances)
+    assert done.exit_code == 2
+    assert "distances must be numbers from 0 on" in done.output
 
 
 def test_help():

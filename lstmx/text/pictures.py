@@ -118,11 +118,13 @@ def memory(results: list[MemoryResult]) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 4.2))
     for index, cell in enumerate(dict.fromkeys(result.cell for result in results)):
         of_cell = [result for result in results if result.cell == cell]
+        width = (2, 6, 2)[index % 3]  # LSTM and GRU lie on each other: both are to be seen
         axis.plot(
             [result.distance for result in of_cell],
             [result.accuracy for result in of_cell],
             "o",
             color=f"C{index}",
+            markersize=4 + width,
             alpha=0.4,
         )
         distances = sorted({result.distance for result in of_cell})
@@ -130,7 +132,7 @@ def memory(results: list[MemoryResult]) -> Figure:
             statistics.mean(r.accuracy for r in of_cell if r.distance == distance)
             for distance in distances
         ]
-        axis.plot(distances, means, color=f"C{index}", linewidth=2, label=cell)
+        axis.plot(distances, means, color=f"C{index}", linewidth=width, label=cell)
     axis.axhline(1 / len(NAMES), color="gray", linestyle="--", linewidth=1)
     axis.text(results[0].distance, 1 / len(NAMES) + 0.02, "guessing", color="gray", fontsize=9)
     axis.set_xscale("log", base=2)
