@@ -18,24 +18,53 @@ import lstmx
 from lstmx import reference
 
 
+def copy_weights(cell: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> None:
+    """Gives a readable cell the weights of torch's: [G*H, I], [G*H, H] and [G*H], in torch's order.
+
+    A gate of :class:`lstmx.reference.LSTMCellPlain` has one bias, the sum of torch's two: the same
+    function, but the optimiser then moves one number where torch has two.
+    """
+    with torch.no_grad():
+        if isinstance(cell, reference.LSTMCellPlain):
+            gates = (cell.input_gate, cell.forget_gate, cell.cell_gate, cell.output_gate)
+            joined, bias = torch.cat([w_hh, w_ih], 1), b_ih + b_hh
+            for gate, w, b in zip(gates, joined.chunk(4), bias.chunk(4), strict=True):
+                gate.weight.copy_(w)
+                gate.bias.copy_(b)
+        else:
+            for linear, w, b in ((cell.ih, w_ih, b_ih), (cell.hh, w_hh, b_hh)):
+                linear.weight.copy_(w)
+                linear.bias.copy_(b)
+
+
 class CellLoop(nn.Module):
     """Layers of a readable cell of :mod:`lstmx.reference`, one step after another.
 
-    Called as ``torch.nn.LSTM(..., batch_first=True)`` or ``torch.nn.GRU`` would be.
+    Called as the torch module that it replaces, with ``batch_first=True``, and begins with the
+    weights that this module would draw from the same seed.
 
     Args:
         cell: class of the cell, taking (inputs, hidden units).
-        states: number of the cell's states.
+        replaced: ``torch.nn.LSTM`` or ``torch.nn.GRU``.
     """
 
     def __init__(
-        self, cell: Callable[..., nn.Module], states: int, inputs: int, hidden: int, layers: int
+        self,
+        cell: Callable[[int, int], nn.Module],
+        replaced: type[nn.LSTM | nn.GRU],
+        inputs: int,
+        hidden: int,
+        layers: int,
     ) -> None:
         super().__init__()
-        self.states, self.hidden = states, hidden
-        self.cells = nn.ModuleList(
-            cell(inputs if k == 0 else hidden, hidden) for k in range(layers)
-        )
+        self.states, self.hidden = 2 if replaced is nn.LSTM else 1, hidden
+        with torch.random.fork_rng(devices=[]):  # what the cells draw is thrown away
+            self.cells = nn.ModuleList(
+                cell(inputs if k == 0 else hidden, hidden) for k in range(layers)
+            )
+        start = replaced(inputs, hidden, layers)
+        for of_layer, weights in zip(self.cells, start.all_weights, strict=True):
+            copy_weights(of_layer, *weights)
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """x [B, T, I]; the state [layers, B, H], a tuple of two for an LSTM."""
@@ -50,7 +79,8 @@ class CellLoop(nn.Module):
             for step in x.unbind(1):
                 h, of_layer = cell(step, of_layer)
                 outputs.append(h)
-            x = torch.stack(outputs, 1)
+            # In memory as torch's modules lay it out, and dropout draws in the order of memory.
+            x = torch.stack(outputs).transpose(0, 1)
             last.append(of_layer)
         stacked = tuple(torch.stack(s) for s in zip(*last, strict=True))
         return x, stacked if self.states > 1 else stacked[0]
@@ -74,8 +104,8 @@ def _modules(rnn: Any, lstm: Any, gru: Any) -> Backend:
 def _cells(lstm: Any) -> Backend:
     return Backend(
         lambda i, h, layers: reference.RNN(i, h, layers, batch_first=True),
-        lambda i, h, layers: CellLoop(lstm, 2, i, h, layers),
-        lambda i, h, layers: CellLoop(reference.GRUCell, 1, i, h, layers),
+        lambda i, h, layers: CellLoop(lstm, nn.LSTM, i, h, layers),
+        lambda i, h, layers: CellLoop(reference.GRUCell, nn.GRU, i, h, layers),
     )
 
 
