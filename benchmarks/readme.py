@@ -1,4 +1,4 @@
-"""Writes the tables of the README from the committed results: ``python -m benchmarks.readme``.
+"""Writes the tables of the documents from the committed results: ``python -m benchmarks.readme``.
 
 A table stands between ``<!-- name -->`` and ``<!-- /name -->``; a test checks that it is current.
 """
@@ -19,19 +19,42 @@ def _rows(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
+def _runs(file: str) -> dict[str, dict]:
+    """The rows of a file of the chapter's results, by model."""
+    results = json.loads((RESULTS / file).read_text())["results"]
+    return {row["model"]: row for row in results}
+
+
+def _mean(row: dict, key: str) -> str:
+    """Mean and standard deviation over seeds."""
+    values = [run[key] for run in row["runs"]]
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
 def chapter() -> str:
     """The chapter's models, mean and standard deviation over seeds."""
     rows = []
-    for row in json.loads((RESULTS / "chapter-10-seeds.json").read_text())["results"]:
-        book = row["book"] or {}
+    for row in _runs("chapter-10-seeds.json").values():
         cells = [f"{row['model']}: {row['title']}"]
         for key in ("valid_loss", "accuracy"):
-            values = [run[key] for run in row["runs"]]
-            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
-            cells.append(f"{book[key]:.3f}" if book else "")
-        cells.append(f"{row['mean']['seconds']:.1f}")
-        rows.append(cells)
+            cells += [_mean(row, key), f"{row['book'][key]:.3f}" if row["book"] else ""]
+        rows.append([*cells, f"{row['mean']['seconds']:.1f}"])
     return _rows(["model", "valid loss", "book", "accuracy", "book", "seconds"], rows)
+
+
+def gru() -> str:
+    """The chapter's GRU on three backends."""
+    files = {
+        "from scratch (`reference.GRUCell`)": "chapter-gru-cells.json",
+        "`torch.nn.GRU`": "chapter-gru-torch.json",
+        "`lstmx.GRU`": "chapter-10-seeds.json",
+    }
+    rows = []
+    for name, file in files.items():
+        row = _runs(file)["7-gru"]
+        cells = [_mean(row, "valid_loss"), _mean(row, "accuracy"), f"{row['mean']['seconds']:.1f}"]
+        rows.append([name, *cells])
+    return _rows(["model 7 with a GRU", "valid loss", "accuracy", "seconds"], rows)
 
 
 def speed() -> str:
@@ -54,15 +77,20 @@ def speed() -> str:
     return _rows(header, rows) + "\n\n" + note
 
 
+TABLES = {"chapter": chapter, "speed": speed, "gru": gru}
+PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial" / "questionnaire.md"]
+
+
 def updated(text: str) -> str:
-    """The README with both tables as the results have them."""
-    for name, table in (("chapter", chapter()), ("speed", speed())):
-        block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
-        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
-        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
-    return text
+    """A page with its tables as the results have them."""
+
+    def table(found: re.Match) -> str:
+        name = found[1]
+        return f"<!-- {name} -->\n{TABLES[name]()}\n<!-- /{name} -->"
+
+    return re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(updated(readme.read_text()))
+    for page in PAGES:
+        page.write_text(updated(page.read_text()))

@@ -25,6 +25,7 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-def test_the_tables_of_the_readme_are_current():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_the_tables_are_current(page):
+    text = page.read_text()
     assert readme.updated(text) == text

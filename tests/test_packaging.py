@@ -66,6 +66,28 @@ def test_what_cannot_be_built_is_said(choice, words):
     assert words in done.stderr
 
 
+def test_torch_and_nvcc_of_different_cuda_versions(tmp_path):
+    """With a torch and a toolkit that only say which versions they are."""
+    package = tmp_path / "torch" / "utils"
+    package.mkdir(parents=True)
+    (tmp_path / "torch" / "__init__.py").write_text("class version: cuda = '12.6'\n")
+    (package / "__init__.py").write_text("")
+    (package / "cpp_extension.py").write_text(
+        f"CUDA_HOME = {str(tmp_path)!r}\nBuildExtension = CppExtension = CUDAExtension = None\n"
+    )
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.48'\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "torch was built with CUDA 12.6 but nvcc" in done.stderr
+    assert "is of CUDA 13" in done.stderr
+
+
 def test_the_core_imports_only_torch():
     """Without the extras: nothing of theirs is imported by lstmx itself."""
     program = (

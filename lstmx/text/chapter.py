@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import Progress
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lstmx.environment import environment
 from lstmx.text import data
 from lstmx.text import models as m
+from lstmx.text.generation import continue_text
 from lstmx.text.training import History, LanguageModelTask, ModelResetter, Recipe
 
 BATCH_SIZE = 64
@@ -46,8 +44,8 @@ class Experiment:
     make: Callable[[str], nn.Module]
     batches: Callable[[list[int]], data.Split]
     recipe: Recipe
-    book: tuple[float, float] | None
-    floor: float | None
+    book: tuple[float, float] | None = None
+    floor: float | None = None
 
 
 def _three_words(ids: list[int]) -> data.Split:
@@ -114,8 +112,6 @@ EXPERIMENTS = {
         _layered(m.LMModel5, cell="GRU"),
         _sequences,
         Recipe(15, 3e-3),
-        None,
-        None,
     ),
     "6": Experiment(
         "two-layer LSTM",
@@ -130,8 +126,6 @@ EXPERIMENTS = {
         _layered(m.LMModel6, cell="GRU"),
         _sequences,
         Recipe(15, 1e-2),
-        None,
-        None,
     ),
     "7": Experiment(
         "AWD-LSTM: dropout, AR, TAR, tied",
@@ -146,8 +140,7 @@ EXPERIMENTS = {
         _layered(m.LMModel7, 0.4, cell="GRU"),
         _sequences,
         _AWD,
-        None,
-        0.93,
+        floor=0.93,
     ),
 }
 
@@ -164,10 +157,15 @@ class Run:
 
 
 class _Bar(pl.Callback):
-    """Moves a bar of rich by one for each training batch."""
+    """Moves the bar of one model, which is as long as its trainings from all seeds."""
 
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self.progress, self.task = progress, task
+    def __init__(self, progress: Progress, name: str, seeds: int) -> None:
+        self.progress, self.seeds = progress, seeds
+        self.task = progress.add_task(f"model {name}", total=None, metric="")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        total = self.seeds * trainer.estimated_stepping_batches
+        self.progress.update(self.task, total=total)
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.progress.advance(self.task)
@@ -208,9 +206,9 @@ def train(
     seed: int,
     *,
     backend: str = "lstmx",
-    progress: Progress | None = None,
     checkpoint: Path | None = None,
     epochs: int | None = None,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> tuple[Run, nn.Module]:
     """Trains one model from one seed.
 
@@ -218,9 +216,9 @@ def train(
         name: key of :data:`EXPERIMENTS`.
         seed: of torch's generator.
         backend: name of :data:`lstmx.text.models.BACKENDS`.
-        progress: draws a bar there.
         checkpoint: directory for ``NAME-seedN.ckpt``.
         epochs: in place of the recipe's.
+        callbacks: more of them for Lightning.
 
     Returns:
         The run, and the trained model.
@@ -228,19 +226,15 @@ def train(
     experiment = find(name)
     pl.seed_everything(seed, verbose=False)
     model = experiment.make(backend)
+    # batch_size=None: the batches are made already, and stay in their order.
     batches: Any = experiment.batches(data.human_number_ids())
+    loaders: list[Any] = [DataLoader(part, batch_size=None) for part in batches]
     history = History()
-    callbacks: list[pl.Callback] = [ModelResetter(), history]
-    epochs = epochs or experiment.recipe.epochs
-    if progress is not None:
-        total = epochs * len(batches.train)
-        bar = progress.add_task(f"model {name}, seed {seed}", total=total, metric="")
-        callbacks.append(_Bar(progress, bar))
     with _quiet_lightning():
         trainer = pl.Trainer(
-            max_epochs=epochs,
+            max_epochs=epochs or experiment.recipe.epochs,
             accelerator="cpu",
-            callbacks=callbacks,
+            callbacks=[ModelResetter(), history, *callbacks],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -249,9 +243,7 @@ def train(
             use_distributed_sampler=False,
         )
         start = time.perf_counter()
-        # batch_size=None: the batches are made already, and stay in their order.
-        loaders: list[Any] = [DataLoader(part, batch_size=None) for part in batches]
-        trainer.fit(LanguageModelTask(model, experiment.recipe), loaders[0], loaders[1])
+        trainer.fit(LanguageModelTask(model, experiment.recipe), *loaders)
         seconds = time.perf_counter() - start
         if checkpoint is not None:
             checkpoint.mkdir(parents=True, exist_ok=True)
@@ -260,62 +252,31 @@ def train(
     return Run(seed, last["valid_loss"], last["accuracy"], seconds, history.epochs), model
 
 
-def progress_bar(**options: Any) -> Progress:
-    """The bar that :func:`train` moves."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[metric]}"),
-        **options,
-    )
+Results = dict[str, list[Run]]
 
 
-def _mean_and_spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+def train_all(
+    names: Sequence[str],
+    seeds: int,
+    *,
+    backend: str = "lstmx",
+    progress: Progress,
+    checkpoint: Path | None = None,
+) -> tuple[Results, dict[str, str]]:
+    """Trains models from seeds 0 to ``seeds`` - 1, with a bar for each model.
 
-
-def table(results: dict[str, list[Run]]) -> Table:
-    """The book beside ours; mean and standard deviation over seeds."""
-    seeds = max(len(runs) for runs in results.values())
-    drawn = Table(title=f"Human numbers, {seeds} seed{'s' if seeds > 1 else ''}")
-    for column in ("model", "", "valid loss", "book", "accuracy", "book", "seconds"):
-        drawn.add_column(column, justify="left" if column in ("model", "") else "right")
-    for name, runs in results.items():
-        experiment = find(name)
-        book = ["", ""] if experiment.book is None else [f"{v:.3f}" for v in experiment.book]
-        drawn.add_row(
-            name,
-            experiment.title,
-            _mean_and_spread([run.valid_loss for run in runs]),
-            book[0],
-            _mean_and_spread([run.accuracy for run in runs]),
-            book[1],
-            f"{statistics.mean(run.seconds for run in runs):.1f}",
-        )
-    return drawn
-
-
-def as_json(results: dict[str, list[Run]], backend: str) -> dict[str, Any]:
-    """All results, with what they were measured on."""
-    rows = []
-    for name, runs in results.items():
-        experiment = find(name)
-        rows.append(
-            {
-                "model": name,
-                "title": experiment.title,
-                "book": None
-                if experiment.book is None
-                else dict(zip(("valid_loss", "accuracy"), experiment.book, strict=True)),
-                "recipe": asdict(experiment.recipe),
-                "mean": {
-                    key: statistics.mean(getattr(run, key) for run in runs)
-                    for key in ("valid_loss", "accuracy", "seconds")
-                },
-                "runs": [asdict(run) for run in runs],
-            }
-        )
-    return {"environment": environment(), "backend": backend, "results": rows}
+    Returns:
+        The runs of each model, and how its last one continues :data:`PROMPT`, if it predicts after
+        every word.
+    """
+    results: Results = {}
+    continued = {}
+    for name in names:
+        bar = _Bar(progress, name, seeds)
+        results[name] = []
+        for seed in range(seeds):
+            run, model = train(name, seed, backend=backend, checkpoint=checkpoint, callbacks=[bar])
+            results[name].append(run)
+        if find(name).batches is _sequences:
+            continued[name] = continue_text(model, PROMPT, 24)
+    return results, continued

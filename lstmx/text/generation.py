@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lstmx.text import human_numbers
-from lstmx.text.models import Activations, StatefulModel
+from lstmx.text.models import Activations, LMModel3, StatefulModel
 
 
 @torch.no_grad()
@@ -26,14 +26,17 @@ def continue_ids(
         The ``count`` new ids.
 
     Raises:
-        ValueError: the prompt is empty, or the temperature negative.
+        ValueError: the prompt is empty, the temperature negative, or the model another one.
     """
     if not prompt:
         raise ValueError("prompt must have at least one word, got none")
     if not temperature >= 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if not isinstance(model, StatefulModel):
-        raise ValueError(f"model must keep its state (LMModel4 to 7), got {type(model).__name__}")
+    if not isinstance(model, StatefulModel) or type(model) is LMModel3:
+        raise ValueError(
+            "model must keep its state and predict after every word, as LMModel4 to 7 do, "
+            f"got {type(model).__name__}"
+        )
     state, training = model.h, model.training
     model.reset()
     model.eval()

@@ -150,8 +150,12 @@ def test_generation():
 def test_generation_errors(prompt, temperature, words):
     with pytest.raises(ValueError, match=words):
         continue_ids(m.LMModel4(30, 8), prompt, 3, temperature=temperature)
-    with pytest.raises(ValueError, match="model must keep its state"):
-        continue_ids(m.LMModel1(30, 8), [1], 3)
+
+
+@pytest.mark.parametrize("model", [m.LMModel1, m.LMModel3])
+def test_generation_needs_a_word_after_every_word(model):
+    with pytest.raises(ValueError, match=f"model must keep its state.*got {model.__name__}"):
+        continue_ids(model(30, 8), [1], 3)
 
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "chapter-10-seeds.json"
