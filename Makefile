@@ -10,10 +10,10 @@ python := $(bin)/python
 sources := $(shell find csrc -type f) setup.py pyproject.toml
 cpp_files := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test check bench mutate lint format pytest slow ctest sanitize gpu clean
+.PHONY: help demo test check bench mutate lint format pytest slow ctest sanitize gpu cuda-build clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.text  ## train the chapter's AWD-LSTM, compare it with the book, let it count
 	$(bin)/lstmx chapter --models 7 --plot build/demo.png --checkpoint build/demo
@@ -56,6 +56,9 @@ bench: $(VENV)/.dev  ## time lstmx against torch.nn and print the table
 
 gpu:  ## on a machine with a GPU: build, test, benchmark
 	scripts/gpu_check.sh build/gpu
+
+cuda-build:  ## compile with CUDA where no GPU is: downloads a CUDA build of torch
+	scripts/cuda_build.sh build/cuda
 
 clean:  ## remove everything that was built
 	rm -rf build dist lstmx/*.so *.egg-info $(VENV)/.text $(VENV)/.dev

@@ -56,20 +56,29 @@ def _list(default: list, help: str, **options: int) -> Any:
     return typer.Option(default_factory=lambda: list(default), help=help, **options)
 
 
+PROVIDERS_HELP = "torch, lstmx, reference; +graph after it: as a CUDA graph."
+
+
 def main(
     shape: Annotated[list[str], _list([], "T,B,I,H; none: all of tests/cases.py.")],
     cell: Annotated[list[str], _list(CELLS, "lstm, gru.")],
     mode: Annotated[list[str], _list(MODES, "forward, training.")],
     dtype: Annotated[list[str], _list(["float32"], "float32, float64, bfloat16, float16.")],
-    provider: Annotated[list[str], _list(["torch", "lstmx"], "torch, lstmx, reference.")],
+    provider: Annotated[
+        list[str],
+        _list(["torch", "lstmx"], "torch, lstmx, reference; on a GPU also torch+graph, ..."),
+    ],
     threads: Annotated[list[int], _list([1, 2], "Threads.", min=1)],
     weight_dropout: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
     seconds: Annotated[float, typer.Option(help="For each provider on each case.")] = 1.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
 ) -> None:
     """Time torch.nn and lstmx side by side. Options may be given several times."""
     cases = [replace(case, weight_dropout=weight_dropout) for case in _selected(shape, cell)]
     jobs = [(n, d, m, case) for n in threads for d in dtype for m in mode for case in cases]
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device must be cpu or cuda, got {device!r}")
     console = Console()
     measurements: list[Measurement] = []
     for count, name, one_mode, case in track(jobs, "timing", console=console):
@@ -80,10 +89,11 @@ def main(
             dtype=getattr(torch, name),
             providers=provider,
             seconds=seconds,
+            device=device,
         )
+        if json is not None:  # as it goes: what is cut off leaves what it has
+            write_json({"environment": environment(), "measurements": as_json(measurements)}, json)
     console.print(_table(measurements))
-    if json is not None:
-        write_json({"environment": environment(), "measurements": as_json(measurements)}, json)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ class Measurement:
     Attributes:
         ratio: median of the pairwise ratios torch / this provider; above 1 this one is faster.
         gflops: 10^9 multiply-adds, counted twice, of the matrix products, for each second.
+        provider: a name of ``benchmarks.providers``; with "+graph", replayed as a CUDA graph.
+        peak_bytes: most memory that one call had allocated beside its arguments; on a GPU only.
     """
 
     cell: str
@@ -47,6 +49,8 @@ class Measurement:
     gflops: float
     blocks: int
     calls: int
+    device: str
+    peak_bytes: int | None
 
 
 def products_flop(case: Case, mode: str) -> float:
@@ -72,11 +76,44 @@ def _call(module: nn.Module, x: Tensor, dy: Tensor, mode: str) -> Callable[[], o
     return training
 
 
-def _seconds(call: Callable[[], object], calls: int) -> float:
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # what is done only once must not be captured
+        for _ in range(3):
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> object:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def _seconds(call: Callable[[], object], calls: int, device: str) -> float:
+    """Of one call, of so many in a row; on a GPU until the last one is finished."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     for _ in range(calls):
         call()
+    wait()
     return (time.perf_counter() - start) / calls
+
+
+def _peak_bytes(call: Callable[[], object], device: str) -> int | None:
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    del result
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _check(modules: dict[str, nn.Module], x: Tensor, names: Sequence[str]) -> None:
@@ -88,7 +125,10 @@ def _check(modules: dict[str, nn.Module], x: Tensor, names: Sequence[str]) -> No
         module = modules[name]
         module.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
         got = module.eval()(x)[0]
-        tolerance = 30 * torch.finfo(x.dtype).eps
+        eps = torch.finfo(x.dtype).eps
+        if x.is_cuda and x.dtype == torch.float32:
+            eps = 2.0**-10  # recurrent nets run in TF32 there, unless a flag forbids it
+        tolerance = 30 * eps
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -100,6 +140,7 @@ def measure(
     providers: Sequence[str] = ("torch", "lstmx"),
     seconds: float = 1.0,
     blocks: int = 9,
+    device: str = "cpu",
 ) -> list[Measurement]:
     """Times one case on each provider; the first one is what the ratios refer to.
 
@@ -110,6 +151,7 @@ def measure(
         providers: names; ``benchmarks.providers.make`` knows them.
         seconds: about how long to measure each provider.
         blocks: number of timed blocks of each.
+        device: "cpu" or "cuda".
 
     Raises:
         ValueError: unknown mode or provider.
@@ -118,22 +160,24 @@ def measure(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(case.T, case.B, case.I, generator=generator).to(dtype).requires_grad_()
-    dy = torch.randn(case.T, case.B, case.H, generator=generator).to(dtype)
-    plain = {name: make(name, case.cell, case.I, case.H, 0.0, dtype) for name in providers}
-    _check(plain, x, providers)
-    modules = {
-        name: make(name, case.cell, case.I, case.H, case.weight_dropout, dtype).train()
-        for name in providers
-    }
-    calls = {name: _call(module, x, dy, mode) for name, module in modules.items()}
-    counts = {}
-    for name, call in calls.items():
-        _seconds(call, 2)
-        counts[name] = max(1, round(seconds / blocks / _seconds(call, 1)))
+    x = torch.randn(case.T, case.B, case.I, generator=generator).to(device, dtype).requires_grad_()
+    dy = torch.randn(case.T, case.B, case.H, generator=generator).to(device, dtype)
+
+    def module(provider: str, p: float) -> nn.Module:
+        name = provider.removesuffix("+graph")
+        return make(name, case.cell, case.I, case.H, p, dtype).to(device)
+
+    _check({name: module(name, 0.0) for name in providers}, x, providers)
+    calls, counts, peaks = {}, {}, {}
+    for name in providers:
+        call = _call(module(name, case.weight_dropout).train(), x, dy, mode)
+        peaks[name] = _peak_bytes(call, device)
+        calls[name] = call = _captured(call) if name.endswith("+graph") else call
+        _seconds(call, 2, device)
+        counts[name] = max(1, round(seconds / blocks / _seconds(call, 1, device)))
     times: dict[str, list[float]] = {name: [] for name in providers}
     for _, name in itertools.product(range(blocks), providers):
-        times[name].append(_seconds(calls[name], counts[name]))
+        times[name].append(_seconds(calls[name], counts[name], device))
 
     found = []
     for name in providers:
@@ -157,6 +201,8 @@ def measure(
                 gflops=products_flop(case, mode) / median / 1e9,
                 blocks=blocks,
                 calls=counts[name],
+                device=device,
+                peak_bytes=peaks[name],
             )
         )
     return found

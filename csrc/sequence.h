@@ -10,6 +10,10 @@
 
 namespace lstmx {
 
+// Every cell that the kernels are built for; see CONTRIBUTING, "How to add a cell".
+enum class CellKind : int { kLstm, kGru };
+inline constexpr int kCells = 2;
+
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 inline constexpr int kDTypes = 4;
 inline constexpr int kMaxStates = 2;

@@ -1,1 +1,3 @@
+cuda: bool
+
 def cpu_capability() -> str: ...

@@ -46,12 +46,13 @@ class Case:
         lengths = torch.tensor(self.lengths)
         return torch.stack([(lengths > t).sum() for t in range(self.T)])
 
-    def options(self) -> dict[str, object]:
-        """The op's keyword arguments."""
+    def options(self, device: torch.device | str = "cpu") -> dict[str, object]:
+        """The op's keyword arguments, for tensors on that device."""
+        seed = torch.tensor(0x1234_5678_9ABC, device=device)
         return {
             "batch_sizes": self.batch_sizes(),
             "reverse": self.reverse,
-            "seed": torch.tensor(0x1234_5678_9ABC) if self.weight_dropout > 0 else None,
+            "seed": seed if self.weight_dropout > 0 else None,
             "weight_dropout": self.weight_dropout,
         }
 

@@ -44,6 +44,7 @@ class Mutation:
 
 LSTM, GRU, PHILOX = "cells/lstm.h", "cells/gru.h", "philox.h"
 KERNELS, PRODUCT, TORCH = "cpu/sequence_kernels.h", "cpu/product.h", "torch/sequence_cpu.cpp"
+STEP, INPUTS, CUDA = "cuda/stepwise.cuh", "torch/inputs.cpp", "torch/sequence_cuda.cpp"
 
 # fmt: off
 CPP = [
@@ -76,19 +77,33 @@ CPP = [
     Mutation(KERNELS, "load<T>(c + g * V::kLanes) + bias_hh[g]", "load<T>(c + g * V::kLanes)"),
     Mutation(PRODUCT, "if (masked_) value = value * load<T>(factor + n, lanes);", ""),
     Mutation(PRODUCT, "s == 0 && accumulate", "false"),
+    Mutation(STEP, "dnext[0] += ref<V>(p.product, row * Hp + unit)", "dnext[0] += V(0)"),
+    Mutation(STEP, "ref<V>(p.carry[0], inner) = dnext[0];", ""),
+    Mutation(STEP, "ref<V>(p.carry[k], inner) = dprev[k]", "ref<V>(p.carry[k], inner) = dnext[k]"),
+    Mutation(STEP, "row < p.previous_rows ?", "row <= p.previous_rows ?"),
+    Mutation(STEP, "narrow(weight * factor,", "narrow(weight,"),
+    Mutation(STEP, "padded_place(p, element)) * factor", "padded_place(p, element))"),
+    Mutation(STEP, "(gate + p.rotation) % p.gates", "gate"),
+    Mutation(STEP, "sync_block();\n  if (warp_index()", "if (warp_index()"),
+    Mutation("cuda/tf32_product.cu", "cp_async_wait<1>();\n    sync_block();", "cp_async_wait<1>();"),
 ]
 BINDING = [
     Mutation(TORCH, "h_prev, dw_hh, in.dropout)", "h_prev, dw_hh)"),
     Mutation(TORCH, "rotate(in.w_ih, 1)", "in.w_ih"),
     Mutation(TORCH, "dw_ih = rotate(dw_ih, -1)", "dw_ih = rotate(dw_ih, 0)"),
-    Mutation(TORCH, "db_ih = rotate(part, -1)", "db_ih = rotate(part, 0)"),
-    Mutation(TORCH, "dbias.narrow(0, in.hidden_grads * in.H", "dbias.narrow(0, in.input_grads * in.H"),
+    Mutation(INPUTS, "grad(input_grads, input_rotation)", "grad(input_grads, 0)"),
+    Mutation(INPUTS, "grad(hidden_grads, 0)", "grad(input_grads, 0)"),
     Mutation(TORCH, "dgates.narrow(1, in.hidden_grads * in.H", "dgates.narrow(1, in.input_grads * in.H"),
-    Mutation(TORCH, "at::cat({inner, in.initial[0]})", "at::cat({in.initial[0], inner})"),
+    Mutation(INPUTS, "at::cat({inner, first})", "at::cat({first, inner})"),
     Mutation(TORCH, "  if (in.dropout.seed) {\n    // As in forward", "  if (false) {\n    // As in forward"),
     Mutation(TORCH, "{contiguous(grads[1]), contiguous(grads[2])}", "{std::nullopt, contiguous(grads[2])}"),
     Mutation(TORCH, "{contiguous(grads[0]), contiguous(grads[3])}", "{contiguous(grads[0]), std::nullopt}"),
     Mutation("torch/autograd.cpp", "/*create_graph=*/true", "/*create_graph=*/false"),
+    Mutation(CUDA, "in.finish(grad, in.H, 0, in.dropout)", "in.finish(grad, in.H, 0)"),
+    Mutation(CUDA, "in.prepare(in.w_ih, in.input_rotation)", "in.prepare(in.w_ih, 0)"),
+    Mutation(CUDA, "in.finish(grad, in.I, in.input_rotation)", "in.finish(grad, in.I, 0)"),
+    Mutation(CUDA, "in.previous(1, c)", "in.previous(1, y)"),
+    Mutation("cuda/kernels.h", "kPad = 16", "kPad = 1"),
     Mutation("torch/composite.cpp", "kept.to(dtype).mul(p < 1 ? 1 / (1 - p) : 0.0)", "kept.to(dtype)"),
 ]
 # fmt: on
@@ -98,7 +113,25 @@ PYTHON_TESTS = [
     "tests/test_autograd.py::test_gradcheck",
     "tests/test_autograd.py::test_gradgradcheck",
     "tests/test_weight_dropout.py::test_the_composite_draws_the_same_mask",
+    "tests/test_cuda.py::test_products_run_on_aligned_rows",
+    "tests/test_cuda.py::test_float64_equals_reference",
 ]
+
+CPP_TESTS, EMULATOR = ROOT / "tests" / "cpp", ROOT / "tests" / "emulator"
+# What each C++ test is made of; relative paths are in the mutated tree.
+CPP_TEST_SOURCES = {
+    "test_philox": [CPP_TESTS / "test_philox.cpp"],
+    "test_cells": [CPP_TESTS / "test_cells.cpp"],
+    "test_sequence": [
+        CPP_TESTS / "test_sequence.cpp",
+        "csrc/cpu/dispatch.cpp",
+        "csrc/cpu/team.cpp",
+        "csrc/cpu/sequence_baseline.cpp",
+        "stub.cpp",
+    ],
+    "test_stepwise": [EMULATOR / f"{n}.cpp" for n in ("test_stepwise", "kernels", "emulator")],
+}
+EMULATED = {"test_stepwise"}
 
 # Stands in for the instruction sets that are not compiled here; never called.
 STUB = """
@@ -122,20 +155,19 @@ def failed_cpp_test(mutation: Mutation | None) -> str | None:
         if mutation is not None:
             mutation.apply(tree / "csrc")
         (tree / "stub.cpp").write_text(STUB)
-        cpu = [
-            tree / "csrc" / "cpu" / f"{n}.cpp" for n in ("dispatch", "team", "sequence_baseline")
-        ]
-        for test, sources in (
-            ("test_philox", []),
-            ("test_cells", []),
-            ("test_sequence", [*cpu, tree / "stub.cpp"]),
-        ):
-            flags = ["-std=c++20", "-O1", "-I", str(tree / "csrc"), "-pthread"]
-            source = str(ROOT / "tests" / "cpp" / f"{test}.cpp")
-            built = run([compiler, *flags, source, *map(str, sources), "-o", str(tree / test)])
+        flags = ["-std=c++20", "-O1", "-pthread"]
+        includes = [tree / "csrc", CPP_TESTS, EMULATOR / "include", EMULATOR]
+        flags += [f"-I{path}" for path in includes]
+        for test, sources in CPP_TEST_SOURCES.items():
+            if mutation is not None and (test in EMULATED) != mutation.file.startswith("cuda/"):
+                continue
+            define = ["-DLSTMX_EMULATED"] if test in EMULATED else []
+            paths = [str(tree / path) for path in sources]
+            target = str(tree / "test")
+            built = run([compiler, *flags, *define, *paths, "-o", target], cwd=tree)
             if built.returncode != 0:
                 sys.exit(f"{mutation} does not compile:\n{built.stderr[:2000]}")
-            done = run([str(tree / test)], env=os.environ | {"ATEN_CPU_CAPABILITY": "default"})
+            done = run([target], env=os.environ | {"ATEN_CPU_CAPABILITY": "default"})
             if done.returncode != 0:
                 failed = re.search(r"^FAILED (\w+)", done.stdout, re.MULTILINE)
                 return f"{test}: {failed[1] if failed else 'crashed'}"
@@ -155,7 +187,8 @@ def failed_python_test(mutation: Mutation | None) -> str | None:
     before = mutation.apply(BUILD / "csrc") if mutation is not None else ""
     build_binding()
     # -P: the tests must meet the copy, which is first on the path, and nothing beside it.
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *PYTHON_TESTS]
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    tests += ["-m", "not gpu", *PYTHON_TESTS]
     done = run(tests, cwd=BUILD, env=os.environ | {"PYTHONPATH": str(BUILD)})
     if mutation is not None:
         (BUILD / "csrc" / mutation.file).write_text(before)

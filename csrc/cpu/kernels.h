@@ -8,10 +8,6 @@
 
 namespace lstmx::cpu {
 
-// Every cell that the kernels are built for; see CONTRIBUTING, "How to add a cell".
-enum class CellKind : int { kLstm, kGru };
-inline constexpr int kCells = 2;
-
 // `threads` is an upper bound. Scratch memory comes from the caller: as many bytes as the
 // *_workspace function of the same table says, aligned to 64.
 struct CellKernels {

@@ -13,6 +13,7 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../sequence.h"
+#include "../walk.h"
 #include "kernels.h"
 #include "mask.h"
 #include "pass.h"
@@ -22,47 +23,6 @@
 namespace lstmx::LSTMX_ISA {
 
 // ---- Time and work ------------------------------------------------------------------------------
-
-// Walks the steps in the order of forward, or of backward. A step's rows are a prefix of the batch.
-class Walk {
- public:
-  Walk(const SequenceShape& shape, bool backward)
-      : shape_(shape), ascending_(shape.reverse == backward) {
-    index_ = -1;
-    next_rows = rows_at(0);
-    next_offset = 0;
-    if (!ascending_) {
-      for (int64_t t = 0; t + 1 < shape.steps; ++t) next_offset += rows_at_step(t);
-    }
-  }
-
-  // To the next step; past the last one there are no rows.
-  bool advance() {
-    previous_rows = rows, previous_offset = offset;
-    rows = next_rows, offset = next_offset;
-    if (++index_ >= shape_.steps) return false;
-    next_rows = rows_at(index_ + 1);
-    next_offset = ascending_ ? offset + rows : offset - next_rows;
-    return true;
-  }
-
-  int64_t rows = 0, offset = 0;  // of the current step; row b lies at [offset + b]
-  int64_t previous_rows = 0, previous_offset = 0;
-  int64_t next_rows, next_offset;
-
- private:
-  int64_t rows_at_step(int64_t t) const {
-    return shape_.batch_sizes ? shape_.batch_sizes[t] : shape_.batch;
-  }
-  int64_t rows_at(int64_t index) const {
-    if (index >= shape_.steps) return 0;
-    return rows_at_step(ascending_ ? index : shape_.steps - 1 - index);
-  }
-
-  const SequenceShape& shape_;
-  bool ascending_;
-  int64_t index_;
-};
 
 // Which rows and which unit tiles a member of the team works on. By rows there is no barrier, but
 // every core reads all weights; by units each core keeps its share of the weights in its own cache.
@@ -527,8 +487,8 @@ constexpr void fill_cell(cpu::CellKernels (&by_dtype)[kDTypes]) {
 constexpr cpu::KernelTable kernel_table(const char* name) {
   cpu::KernelTable table{};
   table.name = name;
-  fill_cell<Lstm>(table.cells[int(cpu::CellKind::kLstm)]);
-  fill_cell<Gru>(table.cells[int(cpu::CellKind::kGru)]);
+  fill_cell<Lstm>(table.cells[int(CellKind::kLstm)]);
+  fill_cell<Gru>(table.cells[int(CellKind::kGru)]);
   fill_products<float, float>(table, DType::kFloat32);
   fill_products<double, double>(table, DType::kFloat64);
   fill_products<float, BFloat16>(table, DType::kBFloat16);

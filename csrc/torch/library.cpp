@@ -1,21 +1,13 @@
-// The ops: schemas, the kernel for each dispatch key, and the Python module that loads them.
+// The ops: schemas, and all kernels that are the same for every device.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
 
-#include "../cpu/kernels.h"
+#include "ops.h"
 #include "sequence.h"
 
 namespace lstmx {
 namespace {
-
-// ---- Arguments as the schemas list them --------------------------------------------------------
-
-#define LSTMX_TAIL                                                                           \
-  const OptionalTensor &b_ih, const OptionalTensor &b_hh, const OptionalTensor &batch_sizes, \
-      bool reverse, const OptionalTensor &seed, double weight_dropout
 
 bool saves_gates(std::string_view memory) {
   TORCH_CHECK_VALUE(memory == "high" || memory == "low", "memory must be 'high' or 'low', got '",
@@ -74,38 +66,12 @@ LstmResult by_autocast(const SequenceArgs& args, bool save_gates, bool cell_stat
   return sequence_autograd(low, save_gates, cell_states);
 }
 
-// ---- The internal ops --------------------------------------------------------------------------
-
-using ForwardFn = ForwardResult(std::string_view, const Tensor&, const Tensor&,
-                                const OptionalTensor&, const Tensor&, const Tensor&, LSTMX_TAIL,
-                                bool, bool);
-using BackwardFn = BackwardResult(const OptionalTensor&, const OptionalTensor&,
-                                  const OptionalTensor&, const OptionalTensor&, std::string_view,
-                                  const Tensor&, const Tensor&, const OptionalTensor&,
-                                  const Tensor&, const Tensor&, LSTMX_TAIL, const Tensor&,
-                                  const Tensor&, const Tensor&, std::array<bool, kInputs>);
-
-template <ForwardResult (*compute)(const SequenceArgs&, bool save_gates, bool cell_states)>
-ForwardResult sequence_forward(std::string_view cell, const Tensor& x, const Tensor& h0,
-                               const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
-                               LSTMX_TAIL, bool save_gates, bool cell_states) {
-  return compute({std::string(cell), x, h0, c0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, seed,
-                  weight_dropout},
-                 save_gates, cell_states);
-}
-
-template <BackwardResult (*compute)(const SequenceArgs&, const OutputGrads&, const Tensor& y,
-                                    const Tensor& c, const Tensor& saved,
-                                    std::array<bool, kInputs> needed)>
-BackwardResult sequence_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
-                                 const OptionalTensor& dc_n, const OptionalTensor& dc,
-                                 std::string_view cell, const Tensor& x, const Tensor& h0,
-                                 const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
-                                 LSTMX_TAIL, const Tensor& y, const Tensor& c, const Tensor& saved,
-                                 std::array<bool, kInputs> needed) {
-  return compute({std::string(cell), x, h0, c0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, seed,
-                  weight_dropout},
-                 {dy, dh_n, dc_n, dc}, y, c, saved, needed);
+[[maybe_unused]] void refuse_cuda(const c10::OperatorHandle&, c10::DispatchKeySet,
+                                  torch::jit::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false,
+      "lstmx was built without CUDA; build it again with LSTMX_CUDA=1, a CUDA build of torch ",
+      "and the CUDA toolkit, or move the tensors to the CPU");
 }
 
 // ---- Shapes ------------------------------------------------------------------------------------
@@ -152,7 +118,7 @@ Tensor weight_mask_meta(const Tensor& seed, c10::SymIntArrayRef size, double p,
 
 ForwardResult call_sequence_forward(const SequenceArgs& a, bool save_gates, bool cell_states) {
   static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lstmx::_sequence_forward", "")
+                             .findSchemaOrThrow(LSTMX_OP("_sequence_forward"), "")
                              .typed<ForwardFn>();
   return op.call(a.cell, a.x, a.h0, a.c0, a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.batch_sizes, a.reverse,
                  a.seed, a.weight_dropout, save_gates, cell_states);
@@ -162,7 +128,7 @@ BackwardResult call_sequence_backward(const SequenceArgs& a, const OutputGrads& 
                                       const Tensor& y, const Tensor& c, const Tensor& saved,
                                       std::array<bool, kInputs> needed) {
   static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lstmx::_sequence_backward", "")
+                             .findSchemaOrThrow(LSTMX_OP("_sequence_backward"), "")
                              .typed<BackwardFn>();
   return op.call(grads[0], grads[1], grads[2], grads[3], a.cell, a.x, a.h0, a.c0, a.w_ih, a.w_hh,
                  a.b_ih, a.b_hh, a.batch_sizes, a.reverse, a.seed, a.weight_dropout, y, c, saved,
@@ -173,12 +139,12 @@ Tensor call_weight_mask(const Tensor& seed, c10::SymIntArrayRef size, double p,
                         at::ScalarType dtype) {
   static const auto op =
       c10::Dispatcher::singleton()
-          .findSchemaOrThrow("lstmx::weight_mask", "")
+          .findSchemaOrThrow(LSTMX_OP("weight_mask"), "")
           .typed<Tensor(const Tensor&, c10::SymIntArrayRef, double, at::ScalarType)>();
   return op.call(seed, size, p, dtype);
 }
 
-TORCH_LIBRARY(lstmx, m) {
+LSTMX_DEFINE_LIBRARY(m) {
   m.def(
       "lstm_sequence(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, "
       "Tensor? b_ih=None, Tensor? b_hh=None, *, Tensor? batch_sizes=None, bool reverse=False, "
@@ -202,48 +168,46 @@ TORCH_LIBRARY(lstmx, m) {
       "Tensor dw_hh, Tensor db_ih, Tensor db_hh)");
 }
 
-TORCH_LIBRARY_IMPL(lstmx, CompositeExplicitAutograd, m) {
+LSTMX_IMPLEMENT(CompositeExplicitAutograd, m) {
   m.impl("lstm_sequence", lstm_sequence<without_autograd>);
   m.impl("gru_sequence", gru_sequence<without_autograd>);
 }
 
-TORCH_LIBRARY_IMPL(lstmx, Autograd, m) {
+LSTMX_IMPLEMENT(Autograd, m) {
   m.impl("lstm_sequence", lstm_sequence<sequence_autograd>);
   m.impl("gru_sequence", gru_sequence<sequence_autograd>);
   m.impl("_sequence_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_sequence_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
-TORCH_LIBRARY_IMPL(lstmx, FuncTorchBatched, m) {
+LSTMX_IMPLEMENT(FuncTorchBatched, m) {
   m.impl("lstm_sequence", lstm_sequence<by_composite>);
   m.impl("gru_sequence", gru_sequence<by_composite>);
   m.impl("weight_mask", weight_mask_composite);
 }
 
-TORCH_LIBRARY_IMPL(lstmx, AutocastCPU, m) {
-  m.impl("lstm_sequence",
-         lstm_sequence<by_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>>);
-  m.impl("gru_sequence",
-         gru_sequence<by_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>>);
+LSTMX_IMPLEMENT(AutocastCPU, m) {
+  m.impl("lstm_sequence", lstm_sequence<by_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>>);
+  m.impl("gru_sequence", gru_sequence<by_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>>);
 }
 
-TORCH_LIBRARY_IMPL(lstmx, CPU, m) {
-  m.impl("_sequence_forward", sequence_forward<sequence_forward_cpu>);
-  m.impl("_sequence_backward", sequence_backward<sequence_backward_cpu>);
-  m.impl("weight_mask", weight_mask_cpu);
+LSTMX_IMPLEMENT(AutocastCUDA, m) {
+  m.impl("lstm_sequence", lstm_sequence<by_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>>);
+  m.impl("gru_sequence", gru_sequence<by_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>>);
 }
 
-TORCH_LIBRARY_IMPL(lstmx, Meta, m) {
+#if !defined(LSTMX_WITH_CUDA)
+LSTMX_IMPLEMENT(CUDA, m) {
+  for (const char* op : {"_sequence_forward", "_sequence_backward", "weight_mask"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  }
+}
+#endif
+
+LSTMX_IMPLEMENT(Meta, m) {
   m.impl("_sequence_forward", sequence_forward<sequence_forward_meta>);
   m.impl("_sequence_backward", sequence_backward<sequence_backward_meta>);
   m.impl("weight_mask", weight_mask_meta);
 }
 
 }  // namespace lstmx
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Loads the ops torch.ops.lstmx.*; what is not an op is here.";
-  m.def(
-      "cpu_capability", [] { return lstmx::cpu::kernels().name; },
-      "Name of the instruction set that the CPU kernels use: default, avx2 or avx512.");
-}

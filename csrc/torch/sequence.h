@@ -51,12 +51,6 @@ inline constexpr int kInputs = 7;
 // Gradients of y, h_n, c_n, c; absent means zero.
 using OutputGrads = std::array<OptionalTensor, 4>;
 
-ForwardResult sequence_forward_cpu(const SequenceArgs& args, bool save_gates, bool cell_states);
-BackwardResult sequence_backward_cpu(const SequenceArgs& args, const OutputGrads& grads,
-                                     const Tensor& y, const Tensor& c, const Tensor& saved,
-                                     std::array<bool, kInputs> needed);
-Tensor weight_mask_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::ScalarType dtype);
-
 // The same in plain ATen: differentiable any number of times, and understood by every transform.
 // The last of the five results is empty.
 ForwardResult sequence_composite(const SequenceArgs& args);

@@ -1,159 +1,16 @@
 // The CPU kernels against a loop over steps, rows and units in double: every cell, dtype and kind
 // of sequence, with one thread and with three.
-#include <algorithm>
-#include <cstring>
-#include <memory>
-#include <random>
 #include <string>
 
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "check.h"
-#include "cpu/half.h"
 #include "cpu/kernels.h"
-#include "philox.h"
+#include "plain_sequence.h"
 
 using namespace lstmx;
 
 namespace {
-
-using Values = std::vector<double>;
-
-std::mt19937 random_bits(3);
-
-Values normal_values(int64_t count, double scale = 1) {
-  std::normal_distribution<double> normal(0, scale);
-  Values values(count);
-  for (double& v : values) v = normal(random_bits);
-  return values;
-}
-
-struct Sequence {
-  int64_t H;
-  std::vector<int64_t> batch_sizes;
-  bool reverse, packed;
-  double p;
-
-  int64_t T() const { return int64_t(batch_sizes.size()); }
-  int64_t B() const { return batch_sizes[0]; }
-  int64_t offset(int64_t t) const {
-    int64_t rows = 0;
-    for (int64_t i = 0; i < t; ++i) rows += batch_sizes[i];
-    return rows;
-  }
-  int64_t N() const { return offset(T()); }
-};
-
-// Everything that goes in and comes out, as doubles.
-template <class Cell>
-struct Arrays {
-  static constexpr int G = Cell::kGates, S = Cell::kStates;
-  Values x_gates, w_hh, b_ih, b_hh, initial[S], dstates[S], dlast[S];
-  Values states[S], last[S], saved, dgates, dinitial[S], dbias;
-};
-
-constexpr int64_t kSeed = -77;
-
-// The definition, one unit at a time.
-template <class Cell>
-void run_plainly(const Sequence& q, Arrays<Cell>& a) {
-  constexpr int G = Cell::kGates, S = Cell::kStates, D = Cell::kGrads;
-  const int64_t H = q.H, T = q.T(), B = q.B(), N = q.N();
-  Values w = a.w_hh;
-  if (q.p > 0) {
-    const auto rule = MaskRule::make(kSeed, q.p);
-    for (int64_t e = 0; e < G * H * H; ++e) {
-      auto block = philox_counters<1>(e / 4);
-      philox4x32_10(block, rule.seed);
-      w[e] *= rule.keeps(block.word[e % 4][0]) ? rule.scale : 0;
-    }
-  }
-  for (int k = 0; k < S; ++k) {
-    a.states[k].assign(N * H, 0), a.last[k] = a.initial[k], a.dinitial[k] = a.dlast[k];
-  }
-  a.saved.assign(N * Cell::kSaved * H, 0);
-  a.dgates.assign(N * D * H, 0);
-  a.dbias.assign(D * H, 0);
-  std::vector<Values> before(T * S);  // each step's previous states
-  for (int64_t i = 0; i < T; ++i) {
-    const int64_t t = q.reverse ? T - 1 - i : i;
-    for (int k = 0; k < S; ++k) before[t * S + k] = a.last[k];
-    for (int64_t b = 0; b < q.batch_sizes[t]; ++b) {
-      const int64_t row = q.offset(t) + b;
-      for (int64_t u = 0; u < H; ++u) {
-        double x[G], h[G], prev[S], next[S], saved[Cell::kSaved];
-        for (int g = 0; g < G; ++g) {
-          x[g] = a.x_gates[row * G * H + g * H + u] + a.b_ih[g * H + u];
-          h[g] = a.b_hh[g * H + u];
-          for (int64_t j = 0; j < H; ++j) {
-            h[g] += w[(g * H + u) * H + j] * before[t * S][b * H + j];
-          }
-        }
-        for (int k = 0; k < S; ++k) prev[k] = before[t * S + k][b * H + u];
-        Cell::forward(x, h, prev, next, saved);
-        for (int k = 0; k < S; ++k) {
-          a.states[k][row * H + u] = a.last[k][b * H + u] = next[k];
-        }
-        for (int s = 0; s < Cell::kSaved; ++s) {
-          a.saved[(row * Cell::kSaved + s) * H + u] = saved[s];
-        }
-      }
-    }
-  }
-  for (int64_t i = T - 1; i >= 0; --i) {
-    const int64_t t = q.reverse ? T - 1 - i : i;
-    for (int64_t b = 0; b < q.batch_sizes[t]; ++b) {
-      const int64_t row = q.offset(t) + b;
-      for (int64_t u = 0; u < H; ++u) {
-        double saved[Cell::kSaved], prev[S], next[S], dnext[S], dgates[D], dprev[S];
-        for (int s = 0; s < Cell::kSaved; ++s) {
-          saved[s] = a.saved[(row * Cell::kSaved + s) * H + u];
-        }
-        for (int k = 0; k < S; ++k) {
-          prev[k] = before[t * S + k][b * H + u], next[k] = a.states[k][row * H + u];
-          dnext[k] = a.dinitial[k][b * H + u] + a.dstates[k][row * H + u];
-        }
-        Cell::backward(saved, prev, next, dnext, dgates, dprev);
-        for (int g = 0; g < D; ++g) {
-          a.dgates[row * D * H + g * H + u] = dgates[g];
-          a.dbias[g * H + u] += dgates[g];
-        }
-        for (int k = 0; k < S; ++k) a.dinitial[k][b * H + u] = dprev[k];
-      }
-      for (int64_t j = 0; j < H; ++j) {
-        for (int64_t r = 0; r < G * H; ++r) {
-          a.dinitial[0][b * H + j] +=
-              w[r * H + j] * a.dgates[row * D * H + Cell::kHiddenGrads * H + r];
-        }
-      }
-    }
-  }
-  (void)B;
-}
-
-// A buffer of exactly the right size, so that AddressSanitizer sees a step outside.
-template <class T>
-struct Buffer {
-  explicit Buffer(const Values& values) : Buffer(int64_t(values.size())) {
-    for (int64_t i = 0; i < size; ++i) {
-      if constexpr (sizeof(T) == 2) {
-        narrow(float(values[i]), data[i]);
-      } else {
-        data[i] = T(values[i]);
-      }
-    }
-  }
-  explicit Buffer(int64_t count) : size(count), data(new T[count]) {
-    std::memset(static_cast<void*>(data.get()), 0xFF, count * sizeof(T));  // NaN in every format
-  }
-  Values values() const {
-    Values result(size);
-    for (int64_t i = 0; i < size; ++i) result[i] = widen(data[i]);
-    return result;
-  }
-  int64_t size;
-  std::unique_ptr<T[]> data;
-};
 
 struct Workspace {
   explicit Workspace(int64_t bytes) : data(new (std::align_val_t(64)) char[bytes]) {}
@@ -161,29 +18,12 @@ struct Workspace {
   char* data;
 };
 
-double worst(const Values& got, const Values& expected) {
-  double result = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    const double error = std::fabs(got[i] - expected[i]) / (1 + std::fabs(expected[i]));
-    result = std::isnan(error) ? INFINITY : std::max(result, error);
-  }
-  return result;
-}
-
 template <class Cell, class Storage>
-void check_sequence(cpu::CellKind kind, DType dtype, const Sequence& q, int threads) {
+void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) {
   constexpr int G = Cell::kGates, S = Cell::kStates;
   using T = ComputeOf<Storage>;
   const int64_t H = q.H, N = q.N(), B = q.B();
-  Arrays<Cell> a;
-  a.x_gates = normal_values(N * G * H);
-  a.w_hh = normal_values(G * H * H, 0.5 / std::sqrt(double(H)));
-  a.b_ih = normal_values(G * H), a.b_hh = normal_values(G * H);
-  for (int k = 0; k < S; ++k) {
-    a.initial[k] = normal_values(B * H);
-    a.dstates[k] = normal_values(N * H), a.dlast[k] = normal_values(B * H);
-  }
-  run_plainly(q, a);
+  const auto a = random_arrays<Cell>(q);
 
   const auto& kernels = cpu::kernels().cells[int(kind)][int(dtype)];
   const SequenceShape shape = {q.T(), B, H, q.packed ? q.batch_sizes.data() : nullptr, q.reverse};
@@ -221,11 +61,7 @@ void check_sequence(cpu::CellKind kind, DType dtype, const Sequence& q, int thre
   b.workspace = backward_workspace.data;
   kernels.backward(b, threads);
 
-  // Rounding errors: of the storage type, carried through a few steps.
-  const double eps = sizeof(Storage) == 8               ? 1e-13
-                     : sizeof(Storage) == 4             ? 2e-5
-                     : std::is_same_v<Storage, Float16> ? 2e-2
-                                                        : 1.5e-1;
+  const double eps = sequence_tolerance<Storage>();
   for (int k = 0; k < S; ++k) {
     CHECK(worst(states[k].values(), a.states[k]) < eps);
     CHECK(worst(last[k].values(), a.last[k]) < eps);
@@ -237,16 +73,8 @@ void check_sequence(cpu::CellKind kind, DType dtype, const Sequence& q, int thre
 }
 
 template <class Cell>
-void check_cell(cpu::CellKind kind) {
-  const Sequence sequences[] = {
-      {1, {1}, false, false, 0},
-      {3, {2, 2}, true, false, 0.5},
-      {17, {7, 7, 7}, false, false, 0.3},
-      {65, {9, 9, 9, 9}, false, false, 0},
-      {33, {8, 5, 5, 1}, false, true, 0.5},
-      {40, {13, 12, 3, 3}, true, true, 0},
-  };
-  for (const auto& q : sequences) {
+void check_cell(CellKind kind) {
+  for (const auto& q : kSequences) {
     for (const int threads : {1, 3}) {
       check_sequence<Cell, float>(kind, DType::kFloat32, q, threads);
       check_sequence<Cell, double>(kind, DType::kFloat64, q, threads);
@@ -258,15 +86,15 @@ void check_cell(cpu::CellKind kind) {
 
 }  // namespace
 
-TEST(lstm_sequence) { check_cell<Lstm>(cpu::CellKind::kLstm); }
-TEST(gru_sequence) { check_cell<Gru>(cpu::CellKind::kGru); }
+TEST(lstm_sequence) { check_cell<Lstm>(CellKind::kLstm); }
+TEST(gru_sequence) { check_cell<Gru>(CellKind::kGru); }
 
 // Large enough for a team, both ways of sharing the work.
 TEST(teams) {
-  check_sequence<Lstm, float>(cpu::CellKind::kLstm, DType::kFloat32,
+  check_sequence<Lstm, float>(CellKind::kLstm, DType::kFloat32,
                               {96, {16, 16, 16}, false, false, 0.5}, 3);
-  check_sequence<Gru, float>(cpu::CellKind::kGru, DType::kFloat32,
-                             {320, {6, 6, 5, 1}, true, true, 0.5}, 3);
+  check_sequence<Gru, float>(CellKind::kGru, DType::kFloat32, {320, {6, 6, 5, 1}, true, true, 0.5},
+                             3);
 }
 
 TEST(products) {

@@ -44,11 +44,9 @@ namespace {
 #if defined(EMULATOR_TSAN)
 void order_before(void* point) { __tsan_release(point); }
 void order_after(void* point) { __tsan_acquire(point); }
-constexpr bool kWeakMemory = false;  // exchange memory is plain memory, races are TSan's to find
 #else
 void order_before(void*) {}
 void order_after(void*) {}
-constexpr bool kWeakMemory = true;
 #endif
 
 // memcpy would be the sanitizers' own.
@@ -116,8 +114,9 @@ void make_context(Context& context, char* stack, size_t bytes, void (*entry)()) 
 constexpr size_t kStackBytes = 256 * 1024;  // reserved; only what is touched costs memory
 constexpr unsigned kStacksPerMapping = 64;
 constexpr unsigned kMaxThreads = 1024, kMaxShared = 227 * 1024;
-// Blocks of an ordinary launch may run in any order: so many threads are resident at a time.
-constexpr unsigned kResidentThreads = 2048;
+// Blocks of an ordinary launch may run in any order: so many threads are resident at a time. To
+// ThreadSanitizer every one is a thread, and the cost of a barrier grows with their square.
+constexpr unsigned kResidentThreads = kWeakMemory ? 2048 : 256;
 
 // How far along each block's releases an observer has seen.
 using Clock = std::vector<unsigned>;
@@ -151,7 +150,7 @@ struct Barrier {
 
 constexpr size_t kSlotBytes = 48;
 struct Warp {
-  Barrier barriers[32];  // by the lowest lane of the mask
+  Barrier barriers[32];  // those under way have different masks
   unsigned live = 0;
   unsigned char in[32][kSlotBytes], out[32][kSlotBytes];
 };
@@ -257,10 +256,11 @@ std::string describe(const Fiber& fiber) {
 }
 
 // Ends the launch with an error; the fibers are never resumed.
-[[noreturn]] void fail(const std::string& what, const Site& site) {
+[[noreturn]] void fail(std::string what, const Site& site) {
   Fiber& fiber = *scheduler.current;
   fiber.site = site;
-  scheduler.error = what + ": " + describe(fiber);
+  scheduler.error = std::move(what);  // this frame is left without destructors
+  scheduler.error += ": " + describe(fiber);
   switch_to_main(/*for_good=*/true);
   std::abort();
 }
@@ -293,6 +293,8 @@ void complete_block_barrier(Block& block) {
   }
 }
 
+constexpr const char* kExitedLane = "the mask of a warp collective names a lane that has exited";
+
 void fiber_entry() {
 #if defined(EMULATOR_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler.asan_bottom, &scheduler.asan_size);
@@ -302,7 +304,11 @@ void fiber_entry() {
   Fiber* fiber = scheduler.current;
   if (!fiber->copies.empty()) fail("a thread ends with asynchronous copies under way", fiber->site);
   fiber->done = true;
-  fiber->warp->live &= ~(1u << fiber->thread.lane);
+  const unsigned lane_bit = 1u << fiber->thread.lane;
+  fiber->warp->live &= ~lane_bit;
+  for (const auto& barrier : fiber->warp->barriers) {
+    if (barrier.arrived && barrier.mask & lane_bit) fail(kExitedLane, barrier.site);
+  }
   order_before(&scheduler.end_order);
   // A barrier waits for the threads that are left.
   Block& block = *fiber->block;
@@ -365,7 +371,8 @@ void run(const std::vector<Fiber*>& fibers, unsigned block_threads) {
     if (all_done()) break;
     if (!any) throw_stuck(fibers, "deadlock: these threads wait for ever");
     idle = progress ? 0 : idle + 1;
-    if (idle > opts.spin_limit) throw_stuck(fibers, "livelock: these threads wait or poll for ever");
+    if (idle > opts.spin_limit)
+      throw_stuck(fibers, "livelock: these threads wait or poll for ever");
   }
 }
 
@@ -381,6 +388,9 @@ Fiber* fiber_from_pool(size_t k) {
     }
     pool.push_back(std::make_unique<Fiber>());
     pool.back()->stack = scheduler.stacks + k % kStacksPerMapping * kStackBytes;
+#if defined(EMULATOR_TSAN)
+    pool.back()->tsan_fiber = __tsan_create_fiber(0);
+#endif
   }
   return pool[k].get();
 }
@@ -395,8 +405,7 @@ struct Residents {
     for (unsigned n = first; n < first + count; ++n) {
       Block& block = blocks.emplace_back();
       block.number = n;
-      block.index = {n % grid_size.x, n / grid_size.x % grid_size.y,
-                     n / grid_size.x / grid_size.y};
+      block.index = {n % grid_size.x, n / grid_size.x % grid_size.y, n / grid_size.x / grid_size.y};
       block.live = threads;
       block.warps.resize((threads + 31) / 32);
       if (shared_bytes > 0) {
@@ -412,23 +421,21 @@ struct Residents {
 
   void add(Block& block, unsigned t) {
     Fiber* fiber = fiber_from_pool(fibers.size());
-    const auto context_stack = fiber->stack;
+    const auto stack = fiber->stack;
+    const auto tsan_fiber = fiber->tsan_fiber;
     *fiber = Fiber();
-    fiber->stack = context_stack;
+    fiber->stack = stack, fiber->tsan_fiber = tsan_fiber;
     fiber->number = t;
     fiber->block = &block;
     fiber->warp = &block.warps[t / 32];
     fiber->warp->live |= 1u << t % 32;
-    fiber->thread = {{t % block_size.x, t / block_size.x % block_size.y,
-                      t / block_size.x / block_size.y},
-                     block.index,
-                     t % 32,
-                     block.shared};
+    fiber->thread = {
+        {t % block_size.x, t / block_size.x % block_size.y, t / block_size.x / block_size.y},
+        block.index,
+        t % 32,
+        block.shared};
 #if defined(EMULATOR_ASAN)
     __asan_unpoison_memory_region(fiber->stack, kStackBytes);  // frames that never returned
-#endif
-#if defined(EMULATOR_TSAN)
-    fiber->tsan_fiber = __tsan_create_fiber(0);
 #endif
     make_context(fiber->context, fiber->stack, kStackBytes, fiber_entry);
     fibers.push_back(fiber);
@@ -437,9 +444,6 @@ struct Residents {
   ~Residents() {
     order_after(&scheduler.end_order);
     for (Fiber* fiber : fibers) {
-#if defined(EMULATOR_TSAN)
-      __tsan_destroy_fiber(fiber->tsan_fiber);
-#endif
       fiber->block = nullptr;
     }
     for (auto& block : blocks) std::free(block.shared);
@@ -464,8 +468,8 @@ struct RunningGuard {
 
 }  // namespace
 
-void launch(Dim3 grid, Dim3 block, size_t shared_bytes, bool cooperative,
-            void (*body)(const void*), const void* context) {
+void launch(Dim3 grid, Dim3 block, size_t shared_bytes, bool cooperative, void (*body)(const void*),
+            const void* context) {
   if (scheduler.running) throw Error("a kernel is launched from a kernel");
   if (grid.count() == 0 || block.count() == 0) throw Error("invalid configuration: an empty grid");
   if (grid.y > 65535 || grid.z > 65535) throw Error("invalid configuration: grid.y or z > 65535");
@@ -475,8 +479,7 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, bool cooperative,
   grid_size = grid, block_size = block;
   scheduler.body = body, scheduler.body_context = context;
   const unsigned blocks = grid.count();
-  const unsigned resident =
-      cooperative ? blocks : std::max(1u, kResidentThreads / block.count());
+  const unsigned resident = cooperative ? blocks : std::max(1u, kResidentThreads / block.count());
   for (unsigned first = 0; first < blocks; first += resident) {
     Residents residents(first, std::min(resident, blocks - first), shared_bytes);
     run(residents.fibers, block.count());
@@ -510,6 +513,20 @@ namespace {
 
 using Slots = unsigned char[32][kSlotBytes];
 
+// The collective of that mask that is under way, or a free place for it: while some lanes wait for
+// the whole warp, others may still have something to do among themselves.
+Barrier& barrier_of(Warp& warp, unsigned mask) {
+  Barrier* free = nullptr;
+  for (auto& barrier : warp.barriers) {
+    if (barrier.arrived == 0) {
+      if (free == nullptr) free = &barrier;
+    } else if (barrier.mask == mask) {
+      return barrier;
+    }
+  }
+  return *free;  // each of 32 lanes waits in one at most
+}
+
 // Waits for all lanes of the mask. The last one to arrive calls compute() with what each lane
 // brought; then every lane takes its result. Orders no memory, as on the device.
 template <class Compute>
@@ -519,9 +536,8 @@ void warp_collective(unsigned mask, const void* in, size_t in_bytes, void* out, 
   Warp& warp = *fiber->warp;
   const unsigned lane = fiber->thread.lane;
   if (!(mask >> lane & 1u)) fail("the mask of a warp collective lacks the calling lane", site);
-  if (mask & ~warp.live) fail("the mask of a warp collective names a lane that has exited", site);
-  Barrier& barrier = warp.barriers[__builtin_ctz(mask)];
-  if (barrier.arrived && barrier.mask != mask) fail("lanes of one warp disagree on the mask", site);
+  if (mask & ~warp.live) fail(kExitedLane, site);
+  Barrier& barrier = barrier_of(warp, mask);
   if (barrier.arrived && !same_place(barrier.site, site)) {
     fail("divergence: lanes of one warp meet in different collectives", site);
   }
@@ -592,7 +608,7 @@ void mma_lane(MmaType type, unsigned lane, const Slots& in, float (&d)[4]) {
 
 void sync_warp(unsigned mask, const Site& site) {
   Warp& warp = *scheduler.current->warp;
-  Barrier& barrier = warp.barriers[mask ? __builtin_ctz(mask) : 0];
+  Barrier& barrier = barrier_of(warp, mask);
   char* order = &barrier.order[barrier.generation & 1];
   order_before(order);
   warp_collective(mask, nullptr, 0, nullptr, 0, site, [](const Slots&, Slots&) {});
@@ -614,16 +630,15 @@ void shuffle(Shuffle kind, unsigned mask, void* value, size_t bytes, unsigned ar
     unsigned char value[16];
   } operand{source, static_cast<unsigned>(bytes), {}};
   copy_bytes(operand.value, value, bytes);
-  warp_collective(mask, &operand, sizeof operand, value, bytes, site,
-                  [mask](const Slots& in, Slots& out) {
-                    for (unsigned l = 0; l < 32; ++l) {
-                      if (!(mask >> l & 1u)) continue;
-                      const auto* mine = reinterpret_cast<const decltype(operand)*>(in[l]);
-                      const auto* theirs =
-                          reinterpret_cast<const decltype(operand)*>(in[mine->source]);
-                      copy_bytes(out[l], theirs->value, mine->bytes);
-                    }
-                  });
+  warp_collective(
+      mask, &operand, sizeof operand, value, bytes, site, [mask](const Slots& in, Slots& out) {
+        for (unsigned l = 0; l < 32; ++l) {
+          if (!(mask >> l & 1u)) continue;
+          const auto* mine = reinterpret_cast<const decltype(operand)*>(in[l]);
+          const auto* theirs = reinterpret_cast<const decltype(operand)*>(in[mine->source]);
+          copy_bytes(out[l], theirs->value, mine->bytes);
+        }
+      });
 }
 
 unsigned ballot(unsigned mask, bool predicate, const Site& site) {
@@ -668,9 +683,8 @@ void ldmatrix(int matrices, bool transpose, const uint32_t (&row)[4], uint32_t* 
             uint16_t pair[2];
             for (unsigned e = 0; e < 2; ++e) {
               const unsigned r = l / 4, c = 2 * (l % 4) + e;
-              pair[e] = transpose
-                            ? reinterpret_cast<const uint16_t*>(in[8 * m + c])[r]
-                            : value(m, r, c);
+              pair[e] =
+                  transpose ? reinterpret_cast<const uint16_t*>(in[8 * m + c])[r] : value(m, r, c);
             }
             copy_bytes(slots[l] + sizeof pair * m, pair, sizeof pair);
           }

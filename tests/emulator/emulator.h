@@ -3,14 +3,24 @@
 // and what is not modelled is in docs/emulator.md.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <source_location>
 #include <stdexcept>
 #include <type_traits>
+#include <utility>
 
 namespace emulator {
+
+// Under ThreadSanitizer exchange memory is plain memory, and its races are for TSan to find.
+#if defined(EMULATOR_TSAN)
+inline constexpr bool kWeakMemory = false;
+#else
+inline constexpr bool kWeakMemory = true;
+#endif
 
 // In which order the threads of all resident blocks run. Skew lets one block run as far ahead of
 // the others as synchronisation allows.
@@ -31,6 +41,10 @@ Options& options();
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+// What the next launch returns instead of running.
+inline cudaError_t injected_error = cudaSuccess;
+inline cudaError_t take_injected_error() { return std::exchange(injected_error, cudaSuccess); }
 
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -70,7 +84,8 @@ void mma(MmaType type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
 void ldmatrix(int matrices, bool transpose, const uint32_t (&row)[4], uint32_t* out,
               const Site& site);
 
-// ---- Asynchronous copies: the data arrives at the wait, until then the destination is garbage -----
+// ---- Asynchronous copies: the data arrives at the wait, until then the destination is garbage
+// -----
 
 void cp_async(void* to, const void* data, size_t bytes);
 void cp_async_commit();

@@ -1,0 +1,3 @@
+// All device code, compiled as C++ for the emulator.
+#include "cuda/stepwise.cu"
+#include "cuda/tf32_product.cu"

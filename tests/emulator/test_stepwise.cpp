@@ -1,0 +1,247 @@
+// The kernels of the stepwise path under the emulator, in every schedule, against a loop over
+// steps, rows and units in double. The loop over steps is as in csrc/torch/sequence_cuda.cpp, which
+// has its own tests in Python; products are made plainly here.
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "check.h"
+#include "cuda/device.cuh"
+#include "cuda/kernels.h"
+#include "plain_sequence.h"
+#include "walk.h"
+
+using namespace lstmx;
+using cuda::padded;
+
+namespace {
+
+// A matrix in padded storage, as long as it must be and no longer.
+template <class T>
+void product(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t b_column, int64_t m,
+             int64_t n, int64_t k, cuda::ComputeOf<T>* c, int64_t c_row) {
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      cuda::ComputeOf<T> sum = 0;
+      for (int64_t l = 0; l < k; ++l) {
+        sum += widen(a[i * a_row + l]) * widen(b[l * b_row + j * b_column]);
+      }
+      c[i * c_row + j] = sum;
+    }
+  }
+}
+
+template <class T>
+Buffer<T> zeros(int64_t count) {
+  return Buffer<T>(Values(static_cast<size_t>(count)));
+}
+
+// [rows, parts, H] to [rows, parts, Hp].
+Values pad(const Values& values, int64_t H) {
+  const int64_t Hp = padded(H), rows = int64_t(values.size()) / H;
+  Values result(rows * Hp);
+  for (int64_t row = 0; row < rows; ++row) {
+    std::copy_n(values.begin() + row * H, H, result.begin() + row * Hp);
+  }
+  return result;
+}
+Values unpad(const Values& values, int64_t H) {
+  const int64_t Hp = padded(H), rows = int64_t(values.size()) / Hp;
+  Values result(rows * H);
+  for (int64_t row = 0; row < rows; ++row) {
+    std::copy_n(values.begin() + row * Hp, H, result.begin() + row * H);
+  }
+  return result;
+}
+
+void succeed(cudaError_t error) { CHECK(error == cudaSuccess); }
+
+template <class Cell, class Storage>
+void check_sequence(CellKind kind, DType dtype, const Sequence& q) {
+  constexpr int G = Cell::kGates, S = Cell::kStates, D = Cell::kGrads;
+  using T = ComputeOf<Storage>;
+  const int64_t H = q.H, Hp = padded(H), N = q.N(), B = q.B();
+  const auto a = random_arrays<Cell>(q);
+  const auto& cell = cuda::cell_kernels(kind, dtype);
+  const auto& kernels = cuda::dtype_kernels(dtype);
+  const SequenceShape shape = {q.T(), B, H, q.packed ? q.batch_sizes.data() : nullptr, q.reverse};
+
+  const Buffer<Storage> w_dense(a.w_hh), b_ih(a.b_ih), b_hh(a.b_hh);
+  const auto w_hh = zeros<Storage>(G * Hp * Hp);
+  cuda::WeightParams weight{G, H, H, 0, {q.p > 0 ? &kSeed : nullptr, q.p}, nullptr, nullptr};
+  weight.from = w_dense.data.get(), weight.to = w_hh.data.get();
+  succeed(kernels.prepare(weight, nullptr));
+
+  const Buffer<T> x_gates(pad(a.x_gates, H)), h_gates(B * G * Hp);
+  const Buffer<Storage> h(pad(a.initial[0], H)), saved(N * Cell::kSaved * H);
+  std::vector<Buffer<T>> carried;
+  std::vector<Buffer<Storage>> initial, states, dstates;
+  for (int k = 0; k < S; ++k) {
+    initial.emplace_back(a.initial[k]), dstates.emplace_back(a.dstates[k]);
+    carried.emplace_back(initial[k].values()), states.emplace_back(N * H);
+  }
+  Walk walk(shape, /*backward=*/false);
+  while (walk.advance()) {
+    product(h.data.get(), Hp, w_hh.data.get(), 1, Hp, walk.rows, G * Hp, Hp, h_gates.data.get(),
+            G * Hp);
+    cuda::ForwardStepParams p{};
+    p.rows = walk.rows, p.hidden = H;
+    p.x_gates = x_gates.data.get() + walk.offset * G * Hp, p.h_gates = h_gates.data.get();
+    p.b_ih = b_ih.data.get(), p.b_hh = b_hh.data.get();
+    p.h = h.data.get(), p.next_h = h.data.get();
+    for (int k = 0; k < S; ++k) {
+      p.carried[k] = carried[k].data.get(), p.states[k] = states[k].data.get() + walk.offset * H;
+    }
+    p.saved = saved.data.get() + walk.offset * Cell::kSaved * H;
+    succeed(cell.forward_step(p, nullptr));
+  }
+
+  const auto dgates = Buffer<Storage>(N * D * Hp);
+  const Buffer<T> sent(B * Hp);
+  std::vector<Buffer<T>> carry;
+  for (int k = 0; k < S; ++k) carry.emplace_back(a.dlast[k]);
+  Walk back(shape, /*backward=*/true);
+  for (bool more = true; more;) {
+    more = back.advance();
+    cuda::BackwardStepParams p{};
+    p.rows = back.rows, p.product_rows = back.previous_rows, p.hidden = H;
+    p.previous_rows = std::min(back.rows, back.next_rows);
+    for (int k = 0; k < S; ++k) {
+      p.states[k] = states[k].data.get() + back.offset * H;
+      p.previous[k] = states[k].data.get() + back.next_offset * H;
+      p.initial[k] = initial[k].data.get();
+      p.dstates[k] = dstates[k].data.get() + back.offset * H;
+      p.carry[k] = carry[k].data.get();
+    }
+    p.saved = saved.data.get() + back.offset * Cell::kSaved * H;
+    p.product = sent.data.get();
+    p.dgates = dgates.data.get() + back.offset * D * Hp;
+    succeed(cell.backward_step(p, nullptr));
+    if (more) {
+      product(dgates.data.get() + back.offset * D * Hp + Cell::kHiddenGrads * Hp, D * Hp,
+              w_hh.data.get(), Hp, 1, back.rows, Hp, G * Hp, sent.data.get(), Hp);
+    }
+  }
+  const Buffer<T> partial(cuda::kSumChunks * D * Hp), sums(D * Hp);
+  succeed(kernels.sum_rows({N, D * Hp, dgates.data.get(), partial.data.get(), sums.data.get()},
+                           nullptr));
+
+  const double eps = sequence_tolerance<Storage>();
+  CHECK(worst(unpad(h.values(), H), a.last[0]) < eps);
+  for (int k = 0; k < S; ++k) {
+    CHECK(worst(states[k].values(), a.states[k]) < eps);
+    CHECK(worst(carry[k].values(), a.dinitial[k]) < eps);
+    if (k > 0) CHECK(worst(carried[k].values(), a.last[k]) < eps);
+  }
+  CHECK(worst(saved.values(), a.saved) < eps);
+  CHECK(worst(unpad(dgates.values(), H), a.dgates) < eps);
+  CHECK(worst(dgates.values(), pad(a.dgates, H)) < eps);  // the padding is zero
+  CHECK(worst(unpad(sums.values(), H), a.dbias) < 10 * eps);
+}
+
+template <class Body>
+void in_every_order(Body body) {
+  using emulator::Order;
+  for (const auto order : {Order::kForward, Order::kReverse, Order::kRandom, Order::kSkew}) {
+    emulator::options().order = order;
+    emulator::options().seed += 1;
+    body();
+  }
+}
+
+template <class Cell>
+void check_cell(CellKind kind) {
+  for (const auto& q : kSequences) {
+    in_every_order([&] { check_sequence<Cell, float>(kind, DType::kFloat32, q); });
+    check_sequence<Cell, double>(kind, DType::kFloat64, q);
+    check_sequence<Cell, BFloat16>(kind, DType::kBFloat16, q);
+    check_sequence<Cell, Float16>(kind, DType::kFloat16, q);
+  }
+}
+
+}  // namespace
+
+TEST(lstm) { check_cell<Lstm>(CellKind::kLstm); }
+TEST(gru) { check_cell<Gru>(CellKind::kGru); }
+
+// Weights come back as they went, at rotated places, and a mask drops and scales the same entries.
+TEST(weights) {
+  constexpr int64_t G = 3, H = 5, K = 7;
+  const Values weight = normal_values(G * H * K);
+  const Buffer<float> dense(weight), back(G * H * K), mask(G * H * K);
+  const auto wide = zeros<float>(G * padded(H) * padded(K));
+  const WeightDropout dropout = {&kSeed, 0.4};
+  const auto& kernels = cuda::dtype_kernels(DType::kFloat32);
+  in_every_order([&] {
+    succeed(kernels.prepare({G, H, K, 1, {}, dense.data.get(), wide.data.get()}, nullptr));
+    succeed(kernels.finish({G, H, K, 1, dropout, wide.data.get(), back.data.get()}, nullptr));
+    succeed(kernels.mask({G * H * K, dropout, mask.data.get()}, nullptr));
+  });
+  int dropped = 0;
+  for (int64_t e = 0; e < G * H * K; ++e) {
+    auto block = philox_counters<1>(e / 4);
+    const auto rule = MaskRule::make(kSeed, 0.4);
+    philox4x32_10(block, rule.seed);
+    const double factor = rule.keeps(block.word[e % 4][0]) ? rule.scale : 0;
+    dropped += factor == 0;
+    CHECK_NEAR(mask.data[e], factor, 1e-6);
+    CHECK_NEAR(back.data[e], weight[e] * factor, 1e-5);
+    const int64_t gate = (e / (H * K) + 1) % G, row = e / K % H;
+    CHECK(wide.data[(gate * padded(H) + row) * padded(K) + e % K] == dense.data[e]);
+  }
+  CHECK(dropped > G * H * K / 4 && dropped < G * H * K / 2);
+  double sum = 0, sum_wide = 0;
+  for (int64_t e = 0; e < dense.size; ++e) sum += std::fabs(dense.data[e]);
+  for (int64_t e = 0; e < wide.size; ++e) sum_wide += std::fabs(wide.data[e]);
+  CHECK_NEAR(sum, sum_wide, 1e-9);
+}
+
+// Every layout of the operands; sizes below, at and beyond a tile.
+TEST(tf32_product) {
+  struct Size {
+    int64_t m, n, k;
+  };
+  for (const auto [m, n, k] :
+       {Size{16, 16, 16}, Size{80, 48, 96}, Size{4, 132, 36}, Size{8, 8, 0}}) {
+    for (const int layout : {0, 1, 2, 3}) {
+      const Values a = normal_values(m * k), b = normal_values(k * n);
+      const Buffer<float> a_data(a), b_data(b), c(m * n);
+      const bool a_turned = layout & 1, b_turned = layout & 2;
+      const cuda::Tf32ProductParams p = {m,
+                                         n,
+                                         k,
+                                         a_data.data.get(),
+                                         a_turned ? 1 : k,
+                                         a_turned ? m : 1,
+                                         b_data.data.get(),
+                                         b_turned ? 1 : n,
+                                         b_turned ? k : 1,
+                                         c.data.get(),
+                                         n};
+      Values expected(m * n);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          for (int64_t l = 0; l < k; ++l) {
+            expected[i * n + j] +=
+                a[i * p.a_row + l * p.a_column] * b[l * p.b_row + j * p.b_column];
+          }
+        }
+      }
+      in_every_order([&] {
+        std::fill_n(c.data.get(), c.size, NAN);
+        succeed(cuda::tf32_product(p, nullptr));
+        CHECK(worst(c.values(), expected) < 2e-2);  // ten bits of each factor
+        CHECK(k == 0 || worst(c.values(), expected) > 1e-6);
+      });
+    }
+  }
+}
+
+TEST(a_failed_launch_is_told_and_the_next_one_works) {
+  const Buffer<float> mask(8);
+  const cuda::MaskParams p = {8, {&kSeed, 0.5}, mask.data.get()};
+  const auto& kernels = cuda::dtype_kernels(DType::kFloat32);
+  emulator::injected_error = cudaErrorLaunchOutOfResources;
+  CHECK(kernels.mask(p, nullptr) == cudaErrorLaunchOutOfResources);
+  CHECK(std::isnan(mask.data[0]));
+  succeed(kernels.mask(p, nullptr));
+  CHECK(!std::isnan(mask.data[0]));
+}
