@@ -10,7 +10,7 @@ python := $(bin)/python
 sources := $(shell find csrc -type f) setup.py pyproject.toml
 cpp_files := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test check bench mutate lint format pytest slow ctest sanitize gpu cuda-build clean
+.PHONY: help demo test check bench fuzz mutate lint format pytest slow ctest sanitize gpu cuda-build clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,7 +20,7 @@ demo: $(VENV)/.text  ## train the chapter's AWD-LSTM, compare it with the book, 
 
 test: pytest ctest lint  ## what must be green before a change lands
 
-check: slow mutate sanitize  ## what takes longer: slow tests, mutations, sanitizers
+check: slow fuzz mutate sanitize  ## what takes longer: slow tests, fuzz, mutations, sanitizers
 
 pytest: $(VENV)/.dev
 	LSTMX_STRICT_SKIPS=1 $(bin)/pytest -q -m "not slow and not gpu"
@@ -30,6 +30,9 @@ slow: $(VENV)/.dev
 
 mutate: $(VENV)/.dev  ## break each gradient term and the mask; every break must fail a test
 	$(python) tests/mutate.py
+
+fuzz: $(VENV)/.dev  ## 10,000 random calls of our modules and torch's
+	OMP_NUM_THREADS=1 $(python) tests/fuzz.py
 
 ctest:  ## the C++ tests, without torch
 	cmake -S . -B $(BUILD) -DCMAKE_BUILD_TYPE=Release $(CMAKE_FLAGS)

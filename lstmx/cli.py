@@ -47,6 +47,24 @@ Threads = Annotated[
 
 
 @app.command()
+def env(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="T,B,I,H: tell how it would be computed.")
+    ] = None,
+) -> None:
+    """What is installed, whether it works, and which kernel a shape would take."""
+    import argparse
+
+    from lstmx.diagnostics import Shape, describe
+
+    try:
+        shapes = [Shape.parse(text) for text in shape or []]
+    except argparse.ArgumentTypeError as error:
+        raise typer.BadParameter(str(error)) from error
+    Console(highlight=False, soft_wrap=True).print(describe(shapes), markup=False)
+
+
+@app.command()
 def chapter(
     models: Annotated[str, typer.Option(help="Models to train, separated by commas.")] = "all",
     seeds: Seeds = 1,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import lstmx._C
+from lstmx import _extension
 from lstmx._version import __version__
 
 
@@ -48,7 +48,7 @@ def environment() -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "instruction_set": lstmx._C.cpu_capability(),
+        "instruction_set": _extension._C.cpu_capability() if _extension._C else None,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -9,11 +9,29 @@ and the running cell state are float32, and ``y`` is rounded once a step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import lstmx._C  # noqa: F401  (registers the ops)
+from lstmx import _extension, reference
+
+
+class _PlainOps:
+    """The ops in plain PyTorch, for where the compiled ones could not be loaded."""
+
+    weight_mask = staticmethod(reference.weight_mask)
+
+    @staticmethod
+    def lstm_sequence(*tensors: Any, memory: str, cell_states: bool, **options: Any) -> Any:
+        return reference.lstm_sequence(*tensors, **options)
+
+    @staticmethod
+    def gru_sequence(*tensors: Any, memory: str, **options: Any) -> Any:
+        return reference.gru_sequence(*tensors, **options)[:2]
+
+
+_ops: Any = torch.ops.lstmx if _extension.ERROR is None else _PlainOps
 
 
 def lstm_sequence(
@@ -57,10 +75,10 @@ def lstm_sequence(
     Raises:
         ValueError: ``weight_dropout`` is not a probability, ``memory`` is neither word, or
             ``batch_sizes`` does not describe ``x`` and ``h0``.
-        TypeError: an argument has the wrong dtype.
-        RuntimeError: an argument has the wrong size or device, or T is 0.
+        TypeError: the dtype of x, ``seed`` or ``batch_sizes`` is none that is supported.
+        RuntimeError: an argument has the wrong size or device or another dtype than x, or T is 0.
     """
-    return torch.ops.lstmx.lstm_sequence(
+    return _ops.lstm_sequence(
         x,
         h0,
         c0,
@@ -99,7 +117,7 @@ def gru_sequence(
     Returns:
         y [T, B, H] (or [N, H]) and h_n [B, H].
     """
-    return torch.ops.lstmx.gru_sequence(
+    return _ops.gru_sequence(
         x,
         h0,
         w_ih,
@@ -136,4 +154,4 @@ def weight_mask(
         TypeError: ``seed`` is not int64.
         RuntimeError: ``seed`` has dimensions.
     """
-    return torch.ops.lstmx.weight_mask(seed, size, p, dtype=dtype)
+    return _ops.weight_mask(seed, size, p, dtype=dtype)

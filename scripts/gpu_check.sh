@@ -56,7 +56,8 @@ on_device() {  # a program that needs the device
 tests() {
   local collect=()
   [ "$dry" = 1 ] && collect=(--collect-only)
-  "$python" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$out/tests.xml" "${collect[@]}" tests
+  "$python" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$out/tests.xml" "${collect[@]}" \
+    tests/test_cuda.py tests/test_gpu.py
 }
 benchmark() {  # benchmark FILE OPTIONS...
   local file=$1 device=(--device cuda --provider torch --provider lstmx --provider lstmx+graph)

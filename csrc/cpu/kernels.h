@@ -8,6 +8,13 @@
 
 namespace lstmx::cpu {
 
+// How a call shares out its work.
+struct Plan {
+  int threads;
+  bool by_rows;  // each thread has rows of the batch and all units; else units and all rows
+  int64_t weight_bytes;
+};
+
 // `threads` is an upper bound. Scratch memory comes from the caller: as many bytes as the
 // *_workspace function of the same table says, aligned to 64.
 struct CellKernels {
@@ -16,6 +23,7 @@ struct CellKernels {
   int64_t (*backward_workspace)(const SequenceShape&, int threads);
   void (*backward)(const SequenceBackwardParams&, int threads);
   void (*recompute)(const RecomputeParams&, int threads);
+  Plan (*plan)(const SequenceShape&, int threads);
 };
 
 // c [m, n] = a [m, k] b [k, n], times the mask of a W_hh of c's size if there is one. Strides are

@@ -452,11 +452,20 @@ template <class Cell, class T, class Storage>
 constexpr cpu::CellKernels cell_kernels() {
   using F = Forward<Cell, T, Storage>;
   using B = Backward<Cell, T, Storage>;
-  return {workspace_of<F, SequenceForwardParams>, run_pass<F, SequenceForwardParams>,
-          workspace_of<B, SequenceBackwardParams>, run_pass<B, SequenceBackwardParams>,
+  return {workspace_of<F, SequenceForwardParams>,
+          run_pass<F, SequenceForwardParams>,
+          workspace_of<B, SequenceBackwardParams>,
+          run_pass<B, SequenceBackwardParams>,
           [](const RecomputeParams& p, int threads) {
             Recompute<Cell, T, Storage> pass{p};
             run(threads, pass);
+          },
+          [](const SequenceShape& shape, int threads) {
+            SequenceForwardParams p{};
+            p.shape = shape;
+            const int64_t bytes = F(p, threads).weight_bytes();
+            const int team = useful_threads(shape, bytes, threads);
+            return cpu::Plan{team, Partition::make(shape, bytes, team).row_parts > 1, bytes};
           }};
 }
 

@@ -106,6 +106,9 @@ struct Tf32ProductParams {
 };
 cudaError_t tf32_product(const Tf32ProductParams&, cudaStream_t);
 
+// What the kernels were compiled for, as nvcc counts: "800,900".
+const char* architectures();
+
 const CellKernels& cell_kernels(CellKind, DType);
 const DTypeKernels& dtype_kernels(DType);
 

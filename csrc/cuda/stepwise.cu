@@ -22,6 +22,16 @@ constexpr DTypeKernels kDTypeTable[kDTypes] = {kDType<float>, kDType<double>, kD
 
 }  // namespace
 
+#define LSTMX_TEXT_(...) #__VA_ARGS__
+#define LSTMX_TEXT(...) LSTMX_TEXT_(__VA_ARGS__)
+const char* architectures() {
+#if defined(__CUDA_ARCH_LIST__)
+  return LSTMX_TEXT(__CUDA_ARCH_LIST__);
+#else
+  return "none";
+#endif
+}
+
 const CellKernels& cell_kernels(CellKind cell, DType dtype) {
   const auto index = static_cast<int>(dtype);
   return cell == CellKind::kLstm ? kCells<Lstm>[index] : kCells<Gru>[index];
