@@ -10,7 +10,7 @@ python := $(bin)/python
 sources := $(shell find csrc -type f) setup.py pyproject.toml
 cpp_files := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test check bench fuzz mutate lint format pytest slow ctest sanitize gpu cuda-build clean
+.PHONY: help demo test check bench docs fuzz mutate lint format pytest slow ctest sanitize gpu cuda-build clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ slow: $(VENV)/.dev
 
 mutate: $(VENV)/.dev  ## break each gradient term and the mask; every break must fail a test
 	$(python) tests/mutate.py
+
+docs: $(VENV)/.dev  ## the pages of the API, from the docstrings, in build/docs
+	$(python) -W error -m pdoc -d google -o build/docs lstmx
 
 fuzz: $(VENV)/.dev  ## 10,000 random calls of our modules and torch's
 	OMP_NUM_THREADS=1 $(python) tests/fuzz.py

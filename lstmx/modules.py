@@ -488,7 +488,7 @@ class LSTMCell(nn.LSTMCell, metaclass=_StandIn):
         ValueError: ``weight_dropout`` is outside [0, 1]; else what ``torch.nn.LSTMCell`` raises.
     """
 
-    _torch_class: ClassVar[type[nn.Module]] = nn.LSTMCell
+    _torch_class = nn.LSTMCell
 
     def __init__(self, *args: Any, weight_dropout: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -514,7 +514,7 @@ class GRUCell(nn.GRUCell, metaclass=_StandIn):
         ValueError: ``weight_dropout`` is outside [0, 1]; else what ``torch.nn.GRUCell`` raises.
     """
 
-    _torch_class: ClassVar[type[nn.Module]] = nn.GRUCell
+    _torch_class = nn.GRUCell
 
     def __init__(self, *args: Any, weight_dropout: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

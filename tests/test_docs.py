@@ -1,6 +1,8 @@
 """Every block of Python in the documents runs, and every link in them leads somewhere."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,16 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_api_pages_build(tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "pdoc", "-d", "google", "-o", str(tmp_path)]
+    done = subprocess.run([*command, "lstmx"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "lstmx" / "modules.html").read_text()
+    assert "return_cell_states" in page
+    assert "weight_dropout" in page
 
 
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)

@@ -48,8 +48,8 @@ void SequenceArgs::check() const {
   if (b_hh) check_size(*b_hh, "b_hh", {H * G}, "[G*H]");
 
   const auto check_like_x = [&](const Tensor& t, const char* name) {
-    TORCH_CHECK(t.scalar_type() == dtype, name, " must have the dtype of x, ",
-                     x.dtype().name(), ", got ", t.dtype().name());
+    TORCH_CHECK(t.scalar_type() == dtype, name, " must have the dtype of x, ", x.dtype().name(),
+                ", got ", t.dtype().name());
     TORCH_CHECK(t.device() == x.device(), name, " must be on the device of x, ", x.device(),
                 ", got ", t.device());
   };

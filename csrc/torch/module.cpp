@@ -15,7 +15,11 @@ namespace py = pybind11;
 
 py::dict build_info() {
   py::dict info;
+#if defined(__clang__)
   info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
 #if defined(_OPENMP)
   info["openmp"] = true;
 #else
