@@ -3,7 +3,7 @@
 from lstmx._version import __version__
 from lstmx.convert import Conversion, convert, restore
 from lstmx.modules import GRU, LSTM, GRUCell, LSTMCell
-from lstmx.ops import gru_sequence, lstm_sequence, weight_mask
+from lstmx.ops import empty_cache, gru_sequence, lstm_sequence, weight_mask
 
 __all__ = [
     "GRU",
@@ -13,6 +13,7 @@ __all__ = [
     "LSTMCell",
     "__version__",
     "convert",
+    "empty_cache",
     "gru_sequence",
     "lstm_sequence",
     "restore",

@@ -34,6 +34,12 @@ class _PlainOps:
 _ops: Any = torch.ops.lstmx if _extension.ERROR is None else _PlainOps
 
 
+def empty_cache() -> None:
+    """Gives the memory that the CPU kernels keep for later calls, at most 1 GiB, to the system."""
+    if _extension._C is not None:
+        _extension._C.empty_cache()
+
+
 def lstm_sequence(
     x: Tensor,
     h0: Tensor,

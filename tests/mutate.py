@@ -94,7 +94,7 @@ BINDING = [
     Mutation(INPUTS, "grad(input_grads, input_rotation)", "grad(input_grads, 0)"),
     Mutation(INPUTS, "grad(hidden_grads, 0)", "grad(input_grads, 0)"),
     Mutation(TORCH, "dgates.narrow(1, in.hidden_grads * in.H", "dgates.narrow(1, in.input_grads * in.H"),
-    Mutation(INPUTS, "at::cat({inner, first})", "at::cat({first, inner})"),
+    Mutation(INPUTS, "at::cat_out(joined, {inner, first})", "at::cat_out(joined, {first, inner})"),
     Mutation(TORCH, "  if (in.dropout.seed) {\n    // As in forward", "  if (false) {\n    // As in forward"),
     Mutation(TORCH, "{contiguous(grads[1]), contiguous(grads[2])}", "{std::nullopt, contiguous(grads[2])}"),
     Mutation(TORCH, "{contiguous(grads[0]), contiguous(grads[3])}", "{contiguous(grads[0]), std::nullopt}"),

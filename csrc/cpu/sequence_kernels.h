@@ -88,9 +88,11 @@ class Forward {
     while (walk.advance()) {
       const Range active = {rows.begin, std::min(rows.end, walk.rows)};
       for (int64_t tile = tiles.begin; tile < tiles.end && active.begin < active.end; ++tile) {
-        multiply_panel<T, G>(h, Hp_, active, panels_ + tile * panel_size(), H_, scratch,
+        multiply_panel<T, G>(h, Hp_, active, panels_ + tile * panel_size(), {0, H_}, scratch,
                              [&](int64_t row, int64_t count, const T* c) {
-                               finish(walk, tile, row, count, c, h, h_next);
+                               with_lanes<T>(H_ - tile * V::kLanes, [&](auto lanes) {
+                                 finish(walk, tile, lanes, row, count, c, h, h_next);
+                               });
                              });
       }
       if (partition.unit_parts > 1) barrier_.wait(team);
@@ -156,9 +158,10 @@ class Forward {
     }
   }
 
-  LSTMX_INLINE void finish(const Walk& walk, int64_t tile, int64_t first, int64_t count, const T* c,
-                           const T* h, T* h_next) const {
-    const int64_t unit = tile * V::kLanes, lanes = std::min<int64_t>(V::kLanes, H_ - unit);
+  template <class Lanes>
+  LSTMX_INLINE void finish(const Walk& walk, int64_t tile, Lanes lanes, int64_t first,
+                           int64_t count, const T* c, const T* h, T* h_next) const {
+    const int64_t unit = tile * V::kLanes;
     V bias_ih[G], bias_hh[G];
     for (int g = 0; g < G; ++g) {
       bias_ih[g] = load<T>(bias_[0] + g * Hp_ + unit);
@@ -254,9 +257,14 @@ class Backward {
     Walk walk(p_.shape, /*backward=*/true);
     for (bool more = true; more;) {
       more = walk.advance();
-      for (int64_t v = vectors.begin; v < vectors.end; v += kVectors) {
-        with_vectors(vectors.end - v,
-                     [&](auto count) { step<count>(walk, v * V::kLanes, rows, scratch, bias); });
+      const Depth depth(G * H_, rows.end - rows.begin, sizeof(T));
+      for (int64_t part = 0; part < depth.parts; ++part) {
+        for (int64_t v = vectors.begin; v < vectors.end; v += kVectors) {
+          T* sums = scratch + (v - vectors.begin) * V::kLanes * B_;
+          with_vectors(vectors.end - v, [&](auto count) {
+            step<count>(walk, v * V::kLanes, rows, depth.part(part), sums, bias);
+          });
+        }
       }
       if (partition.unit_parts > 1 || !more) barrier_.wait(team);
     }
@@ -264,7 +272,7 @@ class Backward {
   }
 
  private:
-  int64_t scratch_size() const { return B_ * kVectors * V::kLanes; }
+  int64_t scratch_size() const { return B_ * Hp_; }
 
   // panel[row of W_hh][vector][lane], masked. The panels of `vectors` are dealt out to the parts.
   void pack(Range vectors, int part, int parts) const {
@@ -305,28 +313,33 @@ class Backward {
   // Rows that the step before (in time's reverse) computed gates for get W_hh^T dgates; of these,
   // the ones that have no step here end at the initial state.
   template <int kCount>
-  void step(const Walk& walk, int64_t unit, Range rows, T* scratch, T* bias) const {
+  void step(const Walk& walk, int64_t unit, Range rows, Range depth, T* sums, T* bias) const {
+    const bool last = depth.end == G * H_;
     const auto clip = [&](int64_t end) { return std::clamp(end, rows.begin, rows.end); };
     const int64_t with_product = clip(walk.previous_rows);
     const int64_t all = clip(std::max(walk.previous_rows, walk.rows));
     const auto finish_tile = [&](int64_t row, int64_t count, const T* c) {
+      if (!last) return;
       for (int n = 0; n < kCount; ++n) {
-        finish(walk, unit + n * V::kLanes, row, count, c ? c + n * V::kLanes : nullptr,
-               kCount * V::kLanes, bias);
+        const int64_t u = unit + n * V::kLanes;
+        with_lanes<T>(H_ - u, [&](auto lanes) {
+          finish(walk, u, lanes, row, count, c ? c + n * V::kLanes : nullptr, kCount * V::kLanes,
+                 bias);
+        });
       }
     };
     if (with_product > rows.begin) {
       const T* dgates =
           at<T>(p_.dgates, walk.previous_offset * kGrads * H_ + Cell::kHiddenGrads * H_);
       multiply_panel<T, kCount>(dgates, kGrads * H_, {rows.begin, with_product},
-                                panels_ + unit * G * H_, G * H_, scratch, finish_tile);
+                                panels_ + unit * G * H_, depth, sums, finish_tile);
     }
     if (all > with_product) finish_tile(with_product, all - with_product, nullptr);
   }
 
-  LSTMX_INLINE void finish(const Walk& walk, int64_t unit, int64_t first, int64_t count, const T* c,
-                           int64_t c_stride, T* bias) const {
-    const int64_t lanes = std::min<int64_t>(V::kLanes, H_ - unit);
+  template <class Lanes>
+  LSTMX_INLINE void finish(const Walk& walk, int64_t unit, Lanes lanes, int64_t first,
+                           int64_t count, const T* c, int64_t c_stride, T* bias) const {
     V sum[kGrads];
     for (int g = 0; g < kGrads; ++g) sum[g] = V(T(0));
     for (int64_t i = 0; i < count; ++i) {

@@ -52,6 +52,18 @@ LSTMX_INLINE Vec<T> load(const Storage* p, int64_t count = Vec<T>::kLanes) {
   return v;
 }
 
+// Calls body with the number of lanes that are left: with a constant where that is all of them, so
+// that the loads and stores inside need no other way.
+template <class T, class Body>
+LSTMX_INLINE void with_lanes(int64_t left, Body&& body) {
+  constexpr int64_t kAll = Vec<T>::kLanes;
+  if (left >= kAll) {
+    body(std::integral_constant<int64_t, kAll>{});
+  } else {
+    body(left);
+  }
+}
+
 template <class T, class Storage>
 LSTMX_INLINE void store(Storage* p, Vec<T> v, int64_t count = Vec<T>::kLanes) {
   if (count == Vec<T>::kLanes) {

@@ -49,7 +49,9 @@ Tensor Inputs::previous(int state, const Tensor& values) const {
   const auto& first = initial[state];
   if (!shape.batch_sizes) {
     const auto inner = shape.reverse ? rows.narrow(0, B, N - B) : rows.narrow(0, 0, N - B);
-    return shape.reverse ? at::cat({inner, first}) : at::cat({first, inner});
+    auto joined = empty({N, H});
+    return shape.reverse ? at::cat_out(joined, {inner, first})
+                         : at::cat_out(joined, {first, inner});
   }
   std::vector<Tensor> pieces;
   for (int64_t t = 0, offset = 0; t < shape.steps; ++t) {
@@ -62,7 +64,8 @@ Tensor Inputs::previous(int state, const Tensor& values) const {
     if (known < count) pieces.push_back(first.narrow(0, known, count - known));
     offset += count;
   }
-  return at::cat(pieces);
+  auto joined = empty({N, H});
+  return at::cat_out(joined, pieces);
 }
 
 std::pair<Tensor, Tensor> Inputs::bias_grads(const Tensor& sums) const {

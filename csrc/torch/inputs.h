@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../sequence.h"
+#include "cache.h"
 #include "sequence.h"
 
 namespace lstmx {
@@ -24,9 +25,9 @@ struct Inputs {
   // Checks the arguments.
   explicit Inputs(const SequenceArgs& args);
 
-  Tensor empty(at::IntArrayRef size) const { return at::empty(size, x.options()); }
+  Tensor empty(at::IntArrayRef size) const { return empty_cached(size, x.options()); }
   Tensor empty_compute(at::IntArrayRef size) const {
-    return at::empty(size, x.options().dtype(compute));
+    return empty_cached(size, x.options().dtype(compute));
   }
   // y and c have the leading dimensions of x.
   std::vector<int64_t> output_size() const {

@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include "../cpu/kernels.h"
+#include "cache.h"
 #if defined(LSTMX_WITH_CUDA)
 #include "../cuda/kernels.h"
 #endif
@@ -53,6 +54,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "cpu_capability", [] { return lstmx::cpu::kernels().name; },
       "Name of the instruction set that the CPU kernels use: default, avx2 or avx512.");
   m.def("build_info", lstmx::build_info, "Compiler, OpenMP, CUDA architectures (None without).");
+  m.def("cached_bytes", lstmx::cached_bytes, "Bytes of memory that are kept for later calls.");
+  m.def("empty_cache", lstmx::empty_cache, "Gives them back to the system.");
   m.def("cpu_plan", lstmx::cpu_plan, "How a sequence of float32 would share out its work.",
         pybind11::arg("cell"), pybind11::arg("T"), pybind11::arg("B"), pybind11::arg("H"),
         pybind11::arg("threads"));

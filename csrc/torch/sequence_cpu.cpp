@@ -18,7 +18,7 @@ struct CpuInputs : Inputs {
         kernels(cpu::kernels().cells[int(kind)][int(dtype)]) {}
 
   Tensor workspace(int64_t (*bytes)(const SequenceShape&, int)) const {
-    return at::empty({bytes(shape, threads)}, x.options().dtype(at::kByte));
+    return empty_cached({bytes(shape, threads)}, x.options().dtype(at::kByte));
   }
 
   // out = a b, times the mask if one is given: out is compute, or a is and the rest is storage.
@@ -46,7 +46,7 @@ struct CpuInputs : Inputs {
       out.copy_(at::mm(a.to(compute), b.to(compute)));
       return;
     }
-    const auto scratch = at::empty({kernel.workspace(p, threads)}, x.options().dtype(at::kByte));
+    const auto scratch = empty_cached({kernel.workspace(p, threads)}, x.options().dtype(at::kByte));
     p.workspace = scratch.mutable_data_ptr();
     kernel.run(p, threads);
   }

@@ -1,0 +1,129 @@
+"""The store of large CPU buffers: reuse, bounds, lifetimes, threads, fork and exit."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from cases import Case
+
+import lstmx
+from lstmx import _C
+
+LARGE = Case("lstm", T=64, B=32, I=32, H=96)  # 4.7 MB of saved gates
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    lstmx.empty_cache()
+    yield
+    lstmx.empty_cache()
+
+
+def forward(case=LARGE):
+    inputs = case.inputs(generator=torch.Generator().manual_seed(0))
+    return inputs, lstmx.lstm_sequence(**inputs)[0]
+
+
+def test_buffers_come_back_when_their_last_reference_dies():
+    assert _C.cached_bytes() == 0
+    inputs, y = forward()
+    during = _C.cached_bytes()
+    grads = torch.autograd.grad(y.sum(), list(inputs.values()), retain_graph=True)
+    again = torch.autograd.grad(y.sum(), list(inputs.values()), retain_graph=True)
+    for a, b in zip(grads, again, strict=True):
+        assert torch.equal(a, b)  # nothing saved was handed out meanwhile
+    kept = _C.cached_bytes()
+    del y, grads, again, a, b
+    assert _C.cached_bytes() >= kept + 64 * 32 * 4 * 96 * 4  # the saved gates
+    assert during < _C.cached_bytes()
+    lstmx.empty_cache()
+    assert _C.cached_bytes() == 0
+
+
+def test_a_second_call_uses_what_the_first_one_left():
+    forward()
+    held = _C.cached_bytes()
+    for _ in range(5):
+        forward()
+    assert _C.cached_bytes() == held
+
+
+def test_two_forwards_before_one_backward():
+    (first, y1), (second, y2) = forward(), forward()
+    expected = torch.autograd.grad(y1.sum(), list(first.values()))
+    got = torch.autograd.grad(y2.sum(), list(second.values()))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_saved_tensor_hooks():
+    inputs, y = forward()
+    expected = torch.autograd.grad(y.sum(), list(inputs.values()))
+    with torch.autograd.graph.save_on_cpu():
+        inputs, y = forward()
+    for a, b in zip(torch.autograd.grad(y.sum(), list(inputs.values())), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_results_are_tensors_like_others():
+    _, y = forward(Case("lstm", T=64, B=64, I=8, H=128))
+    y = y.detach()
+    copy = y.clone()
+    y.resize_(1024, 1024)  # twice as large
+    assert torch.equal(y.flatten()[: copy.numel()], copy.flatten())
+    shared = copy.share_memory_()
+    assert shared.is_shared()
+
+
+def test_the_store_is_bounded():
+    most = min(2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+    masks = [lstmx.weight_mask(torch.tensor(1), (4096, 8192), 0.5) for _ in range(2)]
+    assert len(masks) == 2
+    outputs = [forward()[1] for _ in range(300)]
+    assert len(outputs) == 300
+    del outputs
+    assert 0 < _C.cached_bytes() <= most
+
+
+def test_several_threads_at_once():
+    expected = forward()[1]
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            if not torch.equal(forward()[1], expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_fork():
+    expected = forward()[1].sum().item()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        os._exit(0 if forward()[1].sum().item() == pytest.approx(expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_exit_with_tensors_alive():
+    program = (
+        "import torch, lstmx\n"
+        "m = lstmx.LSTM(64, 256)\n"
+        "y = m(torch.randn(64, 64, 64))[0]\n"
+        "class Late:\n"
+        "    def __del__(self): self.y.sum()\n"
+        "late = Late(); late.y = y\n"
+        "print('done')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
