@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,7 +12,19 @@ import lstmx
 from lstmx.dropout import EmbeddingDropout, LockedDropout
 from lstmx.text.models import Activations, StatefulModel
 
-State = tuple[Tensor, Tensor]
+# Of each layer: (h, c) of an LSTM, h of a GRU.
+State = tuple[Tensor, Tensor] | Tensor
+
+
+def _detached(state: State) -> State:
+    if isinstance(state, Tensor):
+        return state.detach()
+    h, c = state
+    return h.detach(), c.detach()
+
+
+def _batch_of(state: State) -> int:
+    return (state[0] if isinstance(state, tuple) else state).size(1)
 
 
 @dataclass(frozen=True)
@@ -22,6 +35,8 @@ class AWDLSTMConfig:
         embedding: size of an embedding, and of the last layer's output.
         hidden: units of the other layers.
         layers: recurrent layers.
+        cell: "lstm" or "gru".
+        bidirectional: read each layer in both directions; each has half of the layer's units.
         embedding_p: probability of dropping a word.
         input_p: of dropping an input of the first layer (locked).
         weight_p: of dropping a recurrent weight.
@@ -32,11 +47,23 @@ class AWDLSTMConfig:
     embedding: int = 400
     hidden: int = 1152
     layers: int = 3
+    cell: str = "lstm"
+    bidirectional: bool = False
     embedding_p: float = 0.02
     input_p: float = 0.25
     weight_p: float = 0.2
     hidden_p: float = 0.15
     output_p: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.cell not in ("lstm", "gru"):
+            raise ValueError(f"cell must be 'lstm' or 'gru', got {self.cell!r}")
+        sizes = (self.embedding, self.hidden, self.layers)
+        if min(sizes) < 1 or (self.bidirectional and any(size % 2 for size in sizes[:2])):
+            raise ValueError(
+                "embedding, hidden and layers must be at least 1, and the first two even if "
+                f"bidirectional, got {sizes}"
+            )
 
     def scaled(self, drop_mult: float) -> AWDLSTMConfig:
         """All dropouts times ``drop_mult``.
@@ -77,23 +104,30 @@ class AWDLSTM(StatefulModel):
         self.input_dropout = LockedDropout(config.input_p, batch_first=True)
         self.hidden_dropout = LockedDropout(config.hidden_p, batch_first=True)
         sizes = [config.embedding, *[config.hidden] * (config.layers - 1), config.embedding]
+        rnn_class: Any = lstmx.LSTM if config.cell == "lstm" else lstmx.GRU
         self.rnns = nn.ModuleList(
-            lstmx.LSTM(inputs, units, batch_first=True, weight_dropout=config.weight_p)
+            rnn_class(
+                inputs,
+                units // 2 if config.bidirectional else units,
+                batch_first=True,
+                bidirectional=config.bidirectional,
+                weight_dropout=config.weight_p,
+            )
             for inputs, units in itertools.pairwise(sizes)
         )
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [B, T] to the output of the last layer, [B, T, embedding], not dropped."""
-        states: list[State | None] = [None] * len(self.rnns)
-        if self.h is not None and self.h[0][0].size(1) == ids.size(0):
+        states: list[Any] = [None] * len(self.rnns)
+        if self.h is not None and _batch_of(self.h[0]) == ids.size(0):
             states = self.h
         x = self.input_dropout(self.embedding_dropout(ids))
-        new: list[State] = []
+        new: list[Any] = []
         for layer, (rnn, state) in enumerate(zip(self.rnns, states, strict=True)):
             if layer > 0:
                 x = self.hidden_dropout(x)
-            x, (h, c) = rnn(x, state)
-            new.append((h.detach(), c.detach()))
+            x, last = rnn(x, state)
+            new.append(_detached(last))
         self.h = new
         return x
 
@@ -104,15 +138,34 @@ class AWDLSTMLanguageModel(StatefulModel):
     Args:
         vocabulary: number of words V.
         config: sizes and dropouts.
+        tied: the decoder's matrix is the embedding's (Press & Wolf 2017), and else its own.
+        bias: the decoder has one.
+        padding_idx: id whose embedding stays zero, or None.
     """
 
-    def __init__(self, vocabulary: int, config: AWDLSTMConfig = FASTAI) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        config: AWDLSTMConfig = FASTAI,
+        *,
+        tied: bool = True,
+        bias: bool = True,
+        padding_idx: int | None = None,
+    ) -> None:
         super().__init__()
-        self.encoder = AWDLSTM(vocabulary, config)
+        self.encoder = AWDLSTM(vocabulary, config, padding_idx=padding_idx)
         self.output_dropout = LockedDropout(config.output_p, batch_first=True)
-        self.decoder = nn.Linear(config.embedding, vocabulary)
-        self.decoder.weight = self.encoder.embedding.weight
-        nn.init.zeros_(self.decoder.bias)
+        self.decoder = nn.Linear(config.embedding, vocabulary, bias=bias)
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+        if tied:
+            self.decoder.weight = self.encoder.embedding.weight
+        if bias:
+            nn.init.zeros_(self.decoder.bias)
+
+    @property
+    def tied(self) -> bool:
+        """Whether decoder and embedding share one matrix."""
+        return self.decoder.weight is self.encoder.embedding.weight
 
     @property
     def h(self) -> list[State] | None:
@@ -123,8 +176,12 @@ class AWDLSTMLanguageModel(StatefulModel):
     def h(self, state: list[State] | None) -> None:
         self.encoder.h = state
 
-    def forward(self, ids: Tensor) -> Activations:
+    def activations(self, ids: Tensor) -> Activations:
         """Ids [B, T] to logits [B, T, V], and the activations for AR and TAR."""
         raw = self.encoder(ids)
         dropped = self.output_dropout(raw)
         return Activations(self.decoder(dropped), raw, dropped)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [B, T] to logits [B, T, V]."""
+        return self.activations(ids).logits

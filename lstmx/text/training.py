@@ -46,7 +46,8 @@ class LanguageModelTask(pl.LightningModule):
     ``accuracy`` (share of right next words), once an epoch.
 
     Args:
-        model: takes ids [B, T]; returns logits [B, V] or [B, T, V], or :class:`Activations`.
+        model: takes ids [B, T]; returns logits [B, V] or [B, T, V], or :class:`Activations`, as
+            does its method ``activations`` if it has one.
         recipe: how to train it.
     """
 
@@ -56,7 +57,7 @@ class LanguageModelTask(pl.LightningModule):
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Any]:
         x, y = batch
-        output = self.model(x)
+        output = getattr(self.model, "activations", self.model)(x)
         logits = output.logits if isinstance(output, Activations) else output
         loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
         return loss, logits, output

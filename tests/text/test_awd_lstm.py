@@ -16,7 +16,7 @@ def test_sizes():
         (10, 10),
         (10, 6),
     ]
-    logits, raw, dropped = model(torch.randint(20, (4, 7)))
+    logits, raw, dropped = model.activations(torch.randint(20, (4, 7)))
     assert logits.shape == (4, 7, 20)
     assert raw.shape == dropped.shape == (4, 7, 6)
     assert model.decoder.weight is model.encoder.embedding.weight
@@ -31,11 +31,11 @@ def test_one_layer():
 def test_state_goes_on_and_follows_the_batch():
     model = AWDLSTMLanguageModel(20, NO_DROPOUT)
     ids = torch.randint(20, (4, 8))
-    whole = model(ids).logits
+    whole = model(ids)
     model.reset()
     assert model.h is None
     model(ids[:, :3])
-    torch.testing.assert_close(model(ids[:, 3:]).logits, whole[:, 3:])
+    torch.testing.assert_close(model(ids[:, 3:]), whole[:, 3:])
     assert not any(s.requires_grad for layer in model.h for s in layer)
     model(ids[:2])  # another batch size begins afresh
     assert model.h[0][0].size(1) == 2
@@ -60,7 +60,7 @@ def test_each_dropout_acts(name):
 
     def run():
         model.reset()
-        return model(ids).logits
+        return model(ids)
 
     assert not torch.equal(run(), run())
     model.eval()
