@@ -10,12 +10,13 @@ import pytest
 import torch
 from fuzz import draw, fuzz
 from torch import nn
+from torch.func import functional_call, hessian, jacrev, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.testing._internal.common_modules import module_db
 from torch.utils.checkpoint import checkpoint
 
 import lstmx
-from lstmx import ops
+from lstmx import ops, reference
 
 NAMES = ("LSTM", "GRU")
 CELLS = ("LSTMCell", "GRUCell")
@@ -370,6 +371,38 @@ def test_backward_in_eval_mode_and_deterministic_algorithms(name):
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(*grads)
+
+
+TRANSFORMS = {
+    "jvp": lambda m, x: jvp(lambda t: m(t)[0], (x,), (x,)),
+    "vmap": lambda m, x: vmap(lambda t: m(t)[0])(torch.stack([x, 2 * x])),
+    "ensemble": lambda m, x: vmap(lambda p: functional_call(m, p, (x,))[0])(
+        {name: torch.stack([p, 2 * p]) for name, p in m.named_parameters()}
+    ),
+    "jacrev": lambda m, x: jacrev(lambda t: m(t)[0])(x),
+    "hessian": lambda m, x: hessian(lambda t: m(t)[0].sum())(x),
+}
+# What torch.nn's modules cannot do on a CPU, in torch 2.13.
+FAILS_IN_TORCH = {("LSTM", "jvp"), ("LSTM", "vmap"), ("LSTM", "ensemble"), ("LSTM", "hessian")}
+FAILS_IN_TORCH |= {("GRU", "vmap"), ("GRU", "ensemble")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript, inside torch
+def test_transforms_of_a_module(name, transform):
+    module, theirs = getattr(lstmx, name)(3, 4), getattr(nn, name)(3, 4)
+    theirs.load_state_dict(module.state_dict())
+    x = torch.randn(4, 2, 3)
+    call = TRANSFORMS[transform]
+    got = call(module, x)
+    if (name, transform) in FAILS_IN_TORCH:
+        with pytest.raises(RuntimeError):  # NotImplementedError is one
+            call(theirs, x)
+        oracle = getattr(reference, name)(3, 4)
+        oracle.load_state_dict(module.state_dict())
+        theirs = oracle
+    torch.testing.assert_close(got, call(theirs, x), rtol=1e-4, atol=1e-5)
 
 
 # ---- convert and restore -------------------------------------------------------------------------
