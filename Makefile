@@ -4,6 +4,11 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BUILD ?= build/cpp
+PAGES ?= build/docs
+# Modules with a page of the API; the package comes first.
+DOCUMENTED = lstmx $(addprefix lstmx.,modules ops reference dropout diagnostics text) \
+             $(addprefix lstmx.text.,awd_lstm chapter generation human_numbers interchange \
+             memory models regularisers training)
 
 bin := $(abspath $(VENV))/bin
 python := $(bin)/python
@@ -32,7 +37,7 @@ mutate: $(VENV)/.dev  ## break each gradient term and the mask; every break must
 	$(python) tests/mutate.py
 
 docs: $(VENV)/.dev  ## the pages of the API, from the docstrings, in build/docs
-	$(python) -W error -m pdoc -d google -o build/docs lstmx
+	$(python) -W error -m pdoc -d google -o $(PAGES) $(DOCUMENTED)
 
 fuzz: $(VENV)/.dev  ## 10,000 random calls of our modules and torch's
 	OMP_NUM_THREADS=1 $(python) tests/fuzz.py
