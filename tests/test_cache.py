@@ -80,8 +80,6 @@ def test_results_are_tensors_like_others():
 
 def test_the_store_is_bounded():
     most = min(2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
-    masks = [lstmx.weight_mask(torch.tensor(1), (4096, 8192), 0.5) for _ in range(2)]
-    assert len(masks) == 2
     outputs = [forward()[1] for _ in range(300)]
     assert len(outputs) == 300
     del outputs

@@ -400,7 +400,7 @@ class Backward {
   T* panels_;                // for each panel [G*H][vectors][lanes]
   T* carry_[Cell::kStates];  // [B][Hp]: what has reached each state, but for W_hh's part
   T* bias_;                  // [threads][kGrads][Hp]
-  T* scratch_;               // [threads][B][kVectors][lanes]
+  T* scratch_;               // [threads], each [panel][B][vectors][lanes]: sums in the making
   bool masked_;
   MaskRule rule_;
   Barrier barrier_;

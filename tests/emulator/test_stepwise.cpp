@@ -34,23 +34,17 @@ Buffer<T> zeros(int64_t count) {
   return Buffer<T>(Values(static_cast<size_t>(count)));
 }
 
-// [rows, parts, H] to [rows, parts, Hp].
-Values pad(const Values& values, int64_t H) {
-  const int64_t Hp = padded(H), rows = int64_t(values.size()) / H;
-  Values result(rows * Hp);
+// The same rows with `to` columns in place of `from`: cut, or filled up with zeros.
+Values with_columns(const Values& values, int64_t from, int64_t to) {
+  const int64_t rows = int64_t(values.size()) / from;
+  Values result(rows * to);
   for (int64_t row = 0; row < rows; ++row) {
-    std::copy_n(values.begin() + row * H, H, result.begin() + row * Hp);
+    std::copy_n(values.begin() + row * from, std::min(from, to), result.begin() + row * to);
   }
   return result;
 }
-Values unpad(const Values& values, int64_t H) {
-  const int64_t Hp = padded(H), rows = int64_t(values.size()) / Hp;
-  Values result(rows * H);
-  for (int64_t row = 0; row < rows; ++row) {
-    std::copy_n(values.begin() + row * Hp, H, result.begin() + row * H);
-  }
-  return result;
-}
+Values pad(const Values& values, int64_t H) { return with_columns(values, H, padded(H)); }
+Values unpad(const Values& values, int64_t H) { return with_columns(values, padded(H), H); }
 
 void succeed(cudaError_t error) { CHECK(error == cudaSuccess); }
 
