@@ -169,3 +169,29 @@ def test_compile_on_the_device():
     x = torch.randn(5, 3, 16, device="cuda")
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True)
     torch.testing.assert_close(compiled(x)[0], module(x)[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_in_eval_mode_which_cudnn_refuses(cell):
+    module = make(cell, 8, 16).eval()
+    theirs = getattr(nn, cell.upper())(8, 16, device="cuda").eval()
+    x = torch.randn(3, 2, 8, device="cuda", requires_grad=True)
+    (dx,) = torch.autograd.grad(module(x)[0].sum(), x)
+    assert dx.isfinite().all()
+    with pytest.raises(RuntimeError, match="training mode"):
+        torch.autograd.grad(theirs(x)[0].sum(), x)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_double_backward_which_cudnn_lacks(cell):
+    module = make(cell, 8, 16)
+    theirs = getattr(nn, cell.upper())(8, 16, device="cuda")
+    x = torch.randn(3, 2, 8, device="cuda", requires_grad=True)
+
+    def penalty(m):
+        (dx,) = torch.autograd.grad(m(x)[0].square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), list(m.parameters()))
+
+    assert all(grad.isfinite().all() for grad in penalty(module))
+    with pytest.raises(RuntimeError):
+        penalty(theirs)
