@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,7 +110,8 @@ def main(
     rows = {report.key(row): row for row in _stored(json)}
     console = Console()
     asked: list[tuple[Any, ...]] = []
-    with Meter() as meter:
+    wanted = memory and device == "cpu" and Meter.supported
+    with Meter() if wanted else nullcontext() as meter:
         for name, one_mode, count, case in track(jobs, "timing", console=console):
             kind = "forward" if one_mode == "forward" else "training"
             # Nothing is kept for backward there, one way or the other.
@@ -127,7 +129,7 @@ def main(
                 providers=able,
                 seconds=seconds,
                 device=device,
-                meter=meter if memory and Meter.supported else None,
+                meter=meter,
             )
             here = environment()
             for row in as_json(measured):

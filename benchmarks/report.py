@@ -20,6 +20,7 @@ KEY = (
     *("cell", "T", "B", "I", "H", "provider"),
 )
 GROUP, CASE = KEY[:5], KEY[5:10]
+MEAN = (*GROUP, "cell", "provider")
 
 
 def key(row: Row, names: Sequence[str] = KEY) -> tuple[Any, ...]:
@@ -45,7 +46,7 @@ def grouped(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[Any, ...], 
 def geometric_means(rows: Iterable[Row]) -> dict[tuple[Any, ...], tuple[float, float, int]]:
     """For each group, cell and provider: the ratios' geometric mean, the smallest, their number."""
     means = {}
-    for group, members in grouped(rows, (*GROUP, "cell", "provider")).items():
+    for group, members in grouped(rows, MEAN).items():
         ratios = [row["ratio"] for row in members]
         means[group] = (statistics.geometric_mean(ratios), min(ratios), len(ratios))
     return means
