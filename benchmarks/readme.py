@@ -5,7 +5,6 @@ A table stands between ``<!-- name -->`` and ``<!-- /name -->``; a test checks t
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import statistics
@@ -66,7 +65,9 @@ def speed() -> str:
     results = [json.loads(file.read_text()) for file in files]
     measured = [row for result in results for row in result["measurements"]]
     ours = [row for row in measured if row["provider"] == "lstmx"]
-    columns = list(itertools.product(("lstm", "gru"), sorted({row["threads"] for row in ours})))
+    columns = sorted(
+        {(row["cell"], row["threads"]) for row in ours}, key=lambda c: (c[0] == "gru", c)
+    )
     names = [f"{cell.upper()}, {n} thread{'s' * (n > 1)}" for cell, n in columns]
 
     rows = []
@@ -76,7 +77,7 @@ def speed() -> str:
         means = report.geometric_means(group)
         by = {(row["cell"], row["threads"]): means[report.key(row, report.MEAN)] for row in group}
         words = f"{mode}, {dtype}" + (f", weight dropout {p:g}" if p > 0 else "")
-        rows.append([words, *(f"{by[column][0]:.2f}" for column in columns)])
+        rows.append([words, *(f"{by[c][0]:.2f}" if c in by else "" for c in columns)])
     parts = [_rows(["geometric mean", *names], rows)]
 
     training = [row for row in ours if row["mode"] == "training"]
@@ -84,10 +85,12 @@ def speed() -> str:
         dropouts = sorted({row["weight_dropout"] for row in group})
         rows = []
         for shape, members in report.grouped(group, "TBIH").items():
-            found = {report.key(row, ("cell", "threads", "weight_dropout")): row for row in members}
+            found = {
+                report.key(row, ("cell", "threads", "weight_dropout")): f"{row['ratio']:.2f}"
+                for row in members
+            }
             cells = [
-                " / ".join(f"{found[(*column, p)]['ratio']:.2f}" for p in dropouts)
-                for column in columns
+                " / ".join(found.get((*column, p), "") for p in dropouts) for column in columns
             ]
             rows.append([", ".join(map(str, shape)), *cells])
         words = f"Forward and backward, {dtype}"

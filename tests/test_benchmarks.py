@@ -11,7 +11,7 @@ from cases import BENCHMARK, CELLS, Case
 from typer.testing import CliRunner
 
 import lstmx
-from benchmarks import compare, report
+from benchmarks import compare, readme, report
 from benchmarks.__main__ import main
 from benchmarks.calls import call, tensors
 from benchmarks.harness import measure, products_flop
@@ -102,7 +102,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, wrong, p):
         measure(case, mode="training", seconds=0.001)
 
 
-@pytest.mark.skipif(not Meter.supported, reason="needs Linux")
+@pytest.mark.skipif(not Meter.supported, reason="needs Linux's /proc")
 def test_peak_memory():
     case = Case("lstm", T=64, B=64, I=32, H=128)
     y, gates = 64 * 64 * 128 * 4, 4 * 64 * 64 * 128 * 4
@@ -172,6 +172,24 @@ def test_compare(tmp_path, after, arguments, status, words):
     got, output = run(compare.main, before, written(tmp_path / "after.json", after), *arguments)
     assert words in " ".join(output.replace("│", " ").split())
     assert got == status
+
+
+def test_the_table_of_speed(monkeypatch, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        rows = rows_of(2.0, 8.0, dtype=dtype) + rows_of(3.0, 3.0, dtype=dtype, weight_dropout=0.5)
+        rows += rows_of(1.5, dtype=dtype, mode="forward")
+        names = ("processor", "cores", "instruction_set", "torch")
+        results = {"environment": dict.fromkeys(names, "abacus"), "measurements": rows}
+        (tmp_path / f"cpu-{dtype}.json").write_text(json.dumps(results))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    lines = readme.speed().splitlines()
+    assert "| training, float32 | 4.00 |" in lines
+    assert "| training, bfloat16, weight dropout 0.5 | 3.00 |" in lines
+    assert "| forward, bfloat16 | 1.50 |" in lines
+    start = lines.index("Forward and backward, float32, without / with weight dropout of 0.5:")
+    table = ["| T, B, I, H | GRU, 1 thread |", "| --- | ---: |"]
+    table += ["| 1, 1, 1, 1 | 2.00 / 3.00 |", "| 2, 1, 1, 1 | 8.00 / 3.00 |"]
+    assert lines[start + 2 : start + 6] == table
 
 
 def test_the_command_line(tmp_path):
