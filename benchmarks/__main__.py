@@ -137,8 +137,9 @@ def main(
             if json is not None:  # as it goes: what is cut off leaves what it has
                 write_json({"environment": here, "measurements": list(rows.values())}, json)
     shown = [rows[one] for one in asked]
+    wide = Console(width=max(100, console.width))
     for table in report.tables(shown):
-        console.print(table, "")
+        wide.print(table, "")
     if plot is not None:
         report.draw(shown, plot)
 

@@ -120,7 +120,7 @@ def gemm_peak(dtype: torch.dtype, device: str = "cpu") -> float:
     AVX-512 unused on some processors, and oneDNN's can be twice as fast there.
     """
     n = 1024 if device == "cpu" else 4096
-    a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     products: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
     onednn = torch.backends.mkldnn.is_available() and device == "cpu"
     if onednn and dtype in (torch.float32, torch.bfloat16):

@@ -25,11 +25,11 @@ from benchmarks.providers import make
 from tests.cases import Case
 
 ROOT = Path(__file__).parents[1]
-# What is freed goes to the system at once: large blocks by munmap, the heap by a trim. Setting the
-# first also ends glibc's habit of raising it.
+# What is freed goes to the system at once, large blocks by munmap, the heap by a trim, up to some
+# tens of KB. Setting the first also ends glibc's habit of raising it.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
-    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 16),
     "MALLOC_ARENA_MAX": "1",
 }
 SMALL = {"T": 2, "B": 16, "I": 64, "H": 64}

@@ -172,7 +172,7 @@ def draw(rows: list[Row], path: Path) -> None:
                 fmt="o" if filled else "s",
                 markersize=4.5,
                 color=colours[mode],
-                markerfacecolor=colours[mode] if filled else "white",
+                markerfacecolor=colours[mode] if filled else "none",
                 elinewidth=0.8,
             )
         panel.set_xscale("log", base=2)
@@ -198,7 +198,7 @@ def draw(rows: list[Row], path: Path) -> None:
                     [],
                     "o" if filled else "s",
                     color=colour,
-                    markerfacecolor=colour if filled else "white",
+                    markerfacecolor=colour if filled else "none",
                     markersize=5,
                 )[0]
             )
