@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,9 @@ def main(
         typer.Option(help="All numbers go here, beside those of other cases."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Leave out what the file has already.")] = False,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Begin no case after so many; go on with --resume.")
+    ] = float("inf"),
     plot: Annotated[Path | None, typer.Option(help="Draw the ratios here.")] = None,
 ) -> None:
     """Time torch.nn and lstmx side by side. Options may be given several times."""
@@ -110,6 +114,7 @@ def main(
     rows = {report.key(row): row for row in _stored(json)}
     console = Console()
     asked: list[tuple[Any, ...]] = []
+    end, left_out = time.monotonic() + 60 * minutes, 0
     wanted = memory and device == "cpu" and Meter.supported
     with Meter() if wanted else nullcontext() as meter:
         for name, one_mode, count, case in track(jobs, "timing", console=console):
@@ -120,6 +125,9 @@ def main(
             keys = [(*job, case.cell, case.T, case.B, case.I, case.H, who) for who in able]
             asked += keys
             if resume and all(one in rows for one in keys):
+                continue
+            if time.monotonic() > end:
+                left_out += 1
                 continue
             torch.set_num_threads(count)
             measured = measure(
@@ -136,7 +144,11 @@ def main(
                 rows[report.key(row)] = row | {"commit": here["commit"], "date": here["date"]}
             if json is not None:  # as it goes: what is cut off leaves what it has
                 write_json({"environment": here, "measurements": list(rows.values())}, json)
-    shown = [rows[one] for one in asked]
+    shown = [rows[one] for one in asked if one in rows]
+    if left_out > 0:
+        console.print(f"{left_out} of {len(jobs)} cases were left out: no time")
+    if not shown:
+        raise typer.Exit(1)
     wide = Console(width=max(100, console.width))
     for table in report.tables(shown):
         wide.print(table, "")

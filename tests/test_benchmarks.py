@@ -200,6 +200,10 @@ def test_the_command_line(tmp_path):
     assert run(main, *part, "--dtype", "float32", "--mode", "training")[0] == 0
     first = json.loads(path.read_text())["measurements"]
     assert [row["provider"] for row in first] == list(NAMES)
+    status, output = run(main, *part, "--resume", "--minutes", 0)
+    assert status == 0
+    assert "5 of 6 cases were left out: no time" in output
+    assert json.loads(path.read_text())["measurements"] == first
     status, output = run(main, *part, "--resume", "--plot", plot)
     assert status == 0
     rows = json.loads(path.read_text())["measurements"]
