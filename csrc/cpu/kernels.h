@@ -27,15 +27,16 @@ struct CellKernels {
 };
 
 // c [m, n] = a [m, k] b [k, n], times the mask of a W_hh of c's size if there is one. Strides are
-// in elements; of a and b, rows or columns lie side by side, of c columns.
+// in elements; of a and b, rows or columns lie side by side, of c columns. Row i of a rotated b
+// (whose columns lie side by side) or c stands at (i + rotation) mod its number of rows.
 struct ProductParams {
   int64_t m, n, k;
   const void* a;
   int64_t a_row, a_column;
   const void* b;
-  int64_t b_row, b_column;
+  int64_t b_row, b_column, b_rotation;
   void* c;
-  int64_t c_row;
+  int64_t c_row, c_rotation;
   WeightDropout dropout;
   void* workspace;
 };

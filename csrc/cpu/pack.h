@@ -139,14 +139,14 @@ void pack_turned(const S* from, int64_t ld, int64_t columns, int64_t depth, cons
   }
 }
 
-// A panel of `width` <= kMost columns from a matrix with the same rows; `columns` of them exist,
-// and `lead` rows of zeros come first.
+// A panel of `width` <= kMost columns from a matrix with the same rows, which may be rotated;
+// `columns` of them exist, and `lead` rows of zeros come first.
 template <int64_t kMost, class O, class S>
 void pack_straight(const S* from, int64_t ld, int64_t columns, int64_t depth, int64_t lead,
-                   const Mask& mask, int64_t element, int64_t width, O* to) {
+                   int64_t rotation, const Mask& mask, int64_t element, int64_t width, O* to) {
   const auto copy = [&](int64_t k, O* row) __attribute__((always_inline)) {
     const bool exists = k >= 0 && k < depth;
-    const int64_t at = exists ? k * ld : 0;
+    const int64_t at = exists ? rotated(k, rotation, depth) * ld : 0;
     copy_run(from + at, exists ? columns : 0, width, mask, element + at, row);
   };
   for (int64_t k = -lead; k < depth; k += kGroup<O>, to += kGroup<O> * width) {

@@ -48,6 +48,11 @@ constexpr Range share(int64_t count, int part, int parts) {
   return {count * part / parts, count * (part + 1) / parts};
 }
 
+// (i + rotation) mod count, of two numbers below it
+constexpr int64_t rotated(int64_t i, int64_t rotation, int64_t count) {
+  return i + rotation < count ? i + rotation : i + rotation - count;
+}
+
 // A pass is an object with run(member, team_size).
 template <class Body>
 LSTMX_INLINE void run(int threads, Body& body) {

@@ -276,7 +276,7 @@ class Product {
           const int64_t lda = padded<T>(count);
           pack_straight<kRowBlock + V::kLanes>(
               at<A>(p_.a, depth.begin * p_.a_column + first), p_.a_column, count,
-              std::min(p_.k, depth.end) - depth.begin, 0, Mask{}, 0, lda, block);
+              std::min(p_.k, depth.end) - depth.begin, 0, 0, Mask{}, 0, lda, block);
           multiply<Layout::kTurned>(block - depth.begin * lda, lda, first, count, d, scratch);
         }
       }
@@ -321,7 +321,7 @@ class Product {
     O* to = panels_ + column * terms_;
     const B* from = at<B>(p_.b, column * p_.b_column);
     if (p_.b_column == 1) {
-      pack_straight<kWidth>(from, p_.b_row, count, p_.k, 0, Mask{}, 0, width, to);
+      pack_straight<kWidth>(from, p_.b_row, count, p_.k, 0, p_.b_rotation, Mask{}, 0, width, to);
     } else {
       for (int64_t n = 0; n < width; n += V::kLanes) {
         pack_turned(from + n * p_.b_column, p_.b_column, count - n, p_.k, Mask{}, 0, width,
@@ -345,15 +345,16 @@ class Product {
     T factor[kWidth];
     const int64_t count = std::min<int64_t>(vectors * V::kLanes, p_.n - column);
     for (int64_t row = first; row < first + rows; ++row, c += vectors * V::kLanes) {
+      const int64_t to = rotated(row, p_.c_rotation, p_.m);
       if (masked_) {
-        const int64_t element = row * p_.n + column;
+        const int64_t element = to * p_.n + column;
         mask_factors(rule_, element, element + count, factor);
       }
       for (int64_t n = 0; n < count; n += V::kLanes) {
         with_lanes<T>(count - n, [&](auto lanes) {
           V value = load<T>(c + n);
           if (masked_) value = value * load<T>(factor + n, lanes);
-          store(at<C>(p_.c, row * p_.c_row + column + n), value, lanes);
+          store(at<C>(p_.c, to * p_.c_row + column + n), value, lanes);
         });
       }
     }
@@ -371,6 +372,120 @@ class Product {
   bool masked_;
   MaskRule rule_;
   Barrier barrier_;
+};
+
+// The same with so few rows that packing b does not pay: it is read once, where it lies.
+template <class T, class A, class B, class C>
+class ThinProduct {
+ public:
+  using V = Vec<T>;
+  static constexpr int kRows = 4, kColumns = 4;  // of a tile; columns are vectors, or rows of W
+
+  static bool fits(const ProductParams& p) { return p.m < 16 && !p.dropout.seed; }
+
+  explicit ThinProduct(const ProductParams& p) : p_(p), lda_(padded<T>(p.k)), carver_(p.workspace) {
+    a_ = carver_.take<T>(p.m * lda_);
+    if (p.workspace) {
+      for (int64_t m = 0; m < p.m; ++m) {
+        for (int64_t k = 0; k < p.k; ++k) {
+          a_[m * lda_ + k] = widen(*at<A>(p.a, m * p.a_row + k * p.a_column));
+        }
+        std::fill(a_ + m * lda_ + p.k, a_ + (m + 1) * lda_, T(0));
+      }
+    }
+  }
+
+  int64_t workspace_bytes() const { return carver_.used(); }
+
+  void run(int member, int team) {
+    const bool turned = p_.b_column != 1;
+    const int64_t width = turned ? kColumns : kColumns * V::kLanes;
+    const Range mine = share((p_.n + width - 1) / width, member, team);
+    for (int64_t tile = mine.begin; tile < mine.end; ++tile) {
+      for (int64_t m = 0; m < p_.m; m += kRows) {
+        with_vectors(p_.m - m, [&](auto rows) {
+          if (turned) {
+            dot<rows>(m, tile * width);
+          } else {
+            sweep<rows>(m, tile * width);
+          }
+        });
+      }
+    }
+  }
+
+ private:
+  // Rows m, m + 1, ... times the vectors from column n on: b's rows are read side by side.
+  template <int kCount>
+  void sweep(int64_t m, int64_t n) const {
+    V sum[kCount][kColumns];
+    for (auto& row : sum) std::fill(row, row + kColumns, V(T(0)));
+    const auto add_all = [&](auto... lanes) __attribute__((always_inline)) {
+      for (int64_t k = 0; k < p_.k; ++k) {
+        const B* b = at<B>(p_.b, rotated(k, p_.b_rotation, p_.k) * p_.b_row + n);
+        int v = 0;
+        const auto add = [&](int64_t count) __attribute__((always_inline)) {
+          if (count > 0) {
+            const V values = load<T>(b + v * V::kLanes, count);
+            for (int i = 0; i < kCount; ++i) {
+              sum[i][v] = V(a_[(m + i) * lda_ + k]) * values + sum[i][v];
+            }
+          }
+          ++v;
+        };
+        (add(lanes), ...);
+      }
+    };
+    constexpr int64_t kAll = V::kLanes;
+    const auto left = [&](int v) { return std::clamp<int64_t>(p_.n - n - v * kAll, 0, kAll); };
+    if (p_.n - n >= kColumns * kAll) {
+      add_all(kAll, kAll, kAll, kAll);
+    } else {
+      add_all(left(0), left(1), left(2), left(3));
+    }
+    for (int i = 0; i < kCount; ++i) {
+      C* c = at<C>(p_.c, rotated(m + i, p_.c_rotation, p_.m) * p_.c_row + n);
+      for (int v = 0; v < kColumns; ++v) store(c + v * kAll, sum[i][v], left(v));
+    }
+  }
+
+  // Rows m, m + 1, ... times columns n, n + 1, ..., whose elements lie side by side.
+  template <int kCount>
+  void dot(int64_t m, int64_t n) const {
+    V sum[kCount][kColumns];
+    for (auto& row : sum) std::fill(row, row + kColumns, V(T(0)));
+    const int64_t columns = std::min<int64_t>(kColumns, p_.n - n);
+    for (int64_t k = 0; k < p_.k; k += V::kLanes) {
+      with_lanes<T>(p_.k - k, [&](auto lanes) {
+        for (int j = 0; j < kColumns; ++j) {
+          // Columns that do not exist repeat the last one.
+          const int64_t column = n + std::min<int64_t>(j, columns - 1);
+          const V values = load<T>(at<B>(p_.b, column * p_.b_column + k), lanes);
+          for (int i = 0; i < kCount; ++i) {
+            sum[i][j] = load<T>(a_ + (m + i) * lda_ + k) * values + sum[i][j];
+          }
+        }
+      });
+    }
+    for (int i = 0; i < kCount; ++i) {
+      C* c = at<C>(p_.c, rotated(m + i, p_.c_rotation, p_.m) * p_.c_row + n);
+      for (int64_t j = 0; j < columns; ++j) narrow(total(sum[i][j]), c[j]);
+    }
+  }
+
+  static T total(V v) {
+    T lanes[V::kLanes];
+    store(lanes, v);
+    for (int half = V::kLanes / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
+  }
+
+  const ProductParams& p_;
+  const int64_t lda_;
+  Carver carver_;
+  T* a_;  // [m][lda]
 };
 
 }  // namespace lstmx::LSTMX_ISA

@@ -273,7 +273,7 @@ class Backward {
       const int64_t width = std::min<int64_t>(kVectors, vectors.end - v) * V::kLanes;
       const int64_t unit = v * V::kLanes, count = std::min(width, H_ - unit);
       pack_straight<kVectors * V::kLanes>(at<Storage>(p_.w_hh, unit), H_, count, G * H_, lead_,
-                                          mask_, unit, width, panel_at(unit));
+                                          /*rotation=*/0, mask_, unit, width, panel_at(unit));
     }
   }
 
@@ -480,11 +480,20 @@ constexpr cpu::CellKernels cell_kernels() {
 
 template <class T, class O, class A, class B, class C>
 constexpr cpu::ProductKernel product_kernel() {
-  using P = Product<T, O, A, B, C>;
-  return {[](const ProductParams& p, int threads) { return P(p, threads).workspace_bytes(); },
+  using Thick = Product<T, O, A, B, C>;
+  using Thin = ThinProduct<T, A, B, C>;
+  return {[](const ProductParams& p, int threads) {
+            return Thin::fits(p) ? Thin(p).workspace_bytes() : Thick(p, threads).workspace_bytes();
+          },
           [](const ProductParams& p, int threads) {
-            P pass(p, threads);
-            run(p.m * p.n * p.k < 100000 ? 1 : threads, pass);
+            const int team = p.m * p.n * p.k < 100000 ? 1 : threads;
+            if (Thin::fits(p)) {
+              Thin pass(p);
+              run(team, pass);
+            } else {
+              Thick pass(p, threads);
+              run(team, pass);
+            }
           }};
 }
 

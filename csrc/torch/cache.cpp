@@ -8,23 +8,47 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
+#include <cstdint>
 #include <cstring>
-#include <map>
 #include <mutex>
 #include <new>
+#include <set>
+#include <tuple>
 
 namespace lstmx {
 namespace {
 
-constexpr size_t kSmallest = size_t{1} << 20;  // below it malloc keeps pages itself
+constexpr size_t kSmallest = size_t{16} << 10;  // below it malloc is as good
+constexpr size_t kGrain = size_t{4} << 10;
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kMostHeld = size_t{1} << 30;
+constexpr size_t kMostHeld = size_t{4} << 30;
 
-struct Block {
-  void* data;
+// A part of a segment, which is memory straight from the system. A segment's pieces are linked in
+// the order of their addresses; no two neighbours are both free.
+struct Piece {
+  char* data;
   size_t bytes;
+  Piece *before = nullptr, *after = nullptr;
+  bool free = false;
+
+  bool whole() const { return !before && !after; }
 };
+
+char* map_pages(size_t bytes) {
+  void* found =
+      mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (found == MAP_FAILED) return nullptr;
+  char* data = static_cast<char*>(found);
+  const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(data) % kHugePage) % kHugePage;
+  if (before > 0) munmap(data, before);
+  munmap(data + before + bytes, kHugePage - before);
+#if defined(MADV_HUGEPAGE)
+  madvise(data + before, bytes, MADV_HUGEPAGE);  // a wish; nothing is lost if it is not granted
+#endif
+  return data + before;
+}
+
+size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
 class Store {
  public:
@@ -34,37 +58,30 @@ class Store {
     return *store;
   }
 
-  Block* take(size_t bytes) {
-    bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    {
-      const std::lock_guard lock(mutex_);
-      // Not much more than was asked for, or small tensors would hold large blocks.
-      const auto found = blocks_.lower_bound(bytes);
-      if (found != blocks_.end() && found->first <= bytes + bytes / 4) {
-        Block* block = found->second;
-        blocks_.erase(found);
-        held_ -= block->bytes;
-        return block;
-      }
+  Piece* take(size_t bytes) {
+    bytes = rounded(bytes, kGrain);
+    const std::lock_guard lock(mutex_);
+    Piece* piece = find(bytes);
+    if (piece->bytes > bytes) {
+      auto* rest = new Piece{piece->data + bytes, piece->bytes - bytes, piece, piece->after};
+      if (rest->after) rest->after->before = rest;
+      piece->after = rest, piece->bytes = bytes;
+      add(rest);
     }
-    void* data = std::aligned_alloc(kHugePage, bytes);
-    if (data == nullptr) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    madvise(data, bytes, MADV_HUGEPAGE);  // a wish; nothing is lost if it is not granted
-#endif
-    return new Block{data, bytes};
+    return piece;
   }
 
-  void give_back(Block* block) {
-    {
-      const std::lock_guard lock(mutex_);
-      if (held_ + block->bytes <= limit_) {
-        blocks_.emplace(block->bytes, block);
-        held_ += block->bytes;
-        return;
-      }
+  void give_back(Piece* piece) {
+    const std::lock_guard lock(mutex_);
+    if (piece->after && piece->after->free) join(piece, piece->after);
+    if (piece->before && piece->before->free) {
+      Piece* before = piece->before;
+      remove(before);
+      join(before, piece);
+      piece = before;
     }
-    free_block(block);
+    add(piece);
+    if (held_ > limit_) release_whole();
   }
 
   int64_t held() {
@@ -73,13 +90,10 @@ class Store {
   }
 
   void clear() {
-    std::multimap<size_t, Block*> blocks;
-    {
-      const std::lock_guard lock(mutex_);
-      blocks.swap(blocks_);
-      held_ = 0;
-    }
-    for (const auto& [bytes, block] : blocks) free_block(block);
+    const std::lock_guard lock(mutex_);
+    release_whole();
+    // Segments that are in use in part keep their addresses.
+    for (const auto& [bytes, data, piece] : free_) madvise(data, bytes, MADV_DONTNEED);
   }
 
  private:
@@ -92,22 +106,63 @@ class Store {
                    [] { instance().mutex_.unlock(); });
   }
 
-  static void free_block(Block* block) {
-    std::free(block->data);
-    delete block;
+  // The smallest free piece that is large enough.
+  Piece* find(size_t bytes) {
+    const auto found = free_.lower_bound({bytes, nullptr, nullptr});
+    if (found != free_.end()) {
+      Piece* piece = std::get<Piece*>(*found);
+      remove(piece);
+      return piece;
+    }
+    // What was too small makes room, so that all segments together stay near what is used at once.
+    release_whole();
+    const size_t size = rounded(bytes, kHugePage);
+    char* data = map_pages(size);
+    if (data == nullptr) throw std::bad_alloc();
+    return new Piece{data, size};
+  }
+
+  void add(Piece* piece) {
+    piece->free = true;
+    free_.emplace(piece->bytes, piece->data, piece);
+    held_ += piece->bytes;
+  }
+  void remove(Piece* piece) {
+    piece->free = false;
+    free_.erase({piece->bytes, piece->data, piece});
+    held_ -= piece->bytes;
+  }
+  // `first` becomes both. Only the second may be among the free ones.
+  void join(Piece* first, Piece* second) {
+    if (second->free) remove(second);
+    first->bytes += second->bytes;
+    first->after = second->after;
+    if (first->after) first->after->before = first;
+    delete second;
+  }
+
+  // Gives segments that are free as a whole back to the system.
+  void release_whole() {
+    for (auto it = free_.begin(); it != free_.end();) {
+      Piece* piece = std::get<Piece*>(*it++);
+      if (!piece->whole()) continue;
+      remove(piece);
+      munmap(piece->data, piece->bytes);
+      delete piece;
+    }
   }
 
   std::mutex mutex_;
-  std::multimap<size_t, Block*> blocks_;  // by size
+  std::set<std::tuple<size_t, char*, Piece*>> free_;
   size_t held_ = 0, limit_;
 };
 
 struct StoreAllocator final : c10::Allocator {
-  static void give_back(void* block) { Store::instance().give_back(static_cast<Block*>(block)); }
+  static void give_back(void* piece) { Store::instance().give_back(static_cast<Piece*>(piece)); }
 
   c10::DataPtr allocate(size_t bytes) override {
-    Block* block = Store::instance().take(bytes);
-    return {block->data, block, &give_back, c10::Device(c10::DeviceType::CPU)};
+    Piece* piece = Store::instance().take(bytes);
+    return {piece->data, piece, &give_back, c10::Device(c10::DeviceType::CPU)};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override {
     std::memcpy(to, from, bytes);
@@ -123,8 +178,8 @@ at::Tensor empty_cached(at::IntArrayRef size, const at::TensorOptions& options) 
       context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
   const auto bytes = static_cast<size_t>(c10::multiply_integers(size)) * options.dtype().itemsize();
   if (!options.device().is_cpu() || bytes < kSmallest || filled) return at::empty(size, options);
-  static StoreAllocator allocator;
-  return at::detail::empty_generic(size, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
+  static auto* allocator = new StoreAllocator;  // never destroyed, as the store
+  return at::detail::empty_generic(size, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
                                    c10::typeMetaToScalarType(options.dtype()), std::nullopt);
 }
 

@@ -26,27 +26,17 @@ struct CpuInputs : Inputs {
     return kernels.dgates_in_storage ? empty({N, grads * H}) : empty_compute({N, grads * H});
   }
 
-  // out = a b, times the mask if one is given.
+  // out = a b, times the mask if one is given; b or out may be rotated.
   void product(const cpu::ProductKernel& kernel, const Tensor& a, const Tensor& b,
-               const Tensor& out, const WeightDropout& mask = {}) const {
-    cpu::ProductParams p{a.size(0),
-                         b.size(1),
-                         a.size(1),
-                         a.const_data_ptr(),
-                         a.stride(0),
-                         a.stride(1),
-                         b.const_data_ptr(),
-                         b.stride(0),
-                         b.stride(1),
-                         out.mutable_data_ptr(),
-                         out.stride(0),
-                         mask,
-                         nullptr};
-    // So few rows do not pay for packing b.
-    if (p.m < 16 && !mask.seed) {
-      out.copy_(at::mm(a.to(compute), b.to(compute)));
-      return;
-    }
+               const Tensor& out, const WeightDropout& mask = {}, int64_t b_rotation = 0,
+               int64_t out_rotation = 0) const {
+    cpu::ProductParams p{};
+    p.m = a.size(0), p.n = b.size(1), p.k = a.size(1);
+    p.a = a.const_data_ptr(), p.a_row = a.stride(0), p.a_column = a.stride(1);
+    p.b = b.const_data_ptr(), p.b_row = b.stride(0), p.b_column = b.stride(1);
+    p.c = out.mutable_data_ptr(), p.c_row = out.stride(0);
+    p.b_rotation = b_rotation, p.c_rotation = out_rotation;
+    p.dropout = mask;
     const auto scratch = empty_cached({kernel.workspace(p, threads)}, x.options().dtype(at::kByte));
     p.workspace = scratch.mutable_data_ptr();
     kernel.run(p, threads);
@@ -205,9 +195,7 @@ BackwardResult sequence_backward_cpu(const SequenceArgs& args, const OutputGrads
   in.cell.backward(p, in.threads);
 
   // The input's gradients come in the cell's own order of gates; see kInputRotation.
-  const auto rotate = [&](const Tensor& t, int64_t by) {
-    return in.input_rotation == 0 ? t : at::roll(t, by * in.input_rotation * in.H, 0);
-  };
+  const int64_t rotation = (in.G - in.input_rotation) % in.G * in.H;
   const auto dgates_x = dgates.narrow(1, in.input_grads * in.H, in.G * in.H);
   const auto dgates_h = dgates.narrow(1, in.hidden_grads * in.H, in.G * in.H);
   Tensor dx, dw_ih, dw_hh, db_ih, db_hh;
@@ -219,12 +207,11 @@ BackwardResult sequence_backward_cpu(const SequenceArgs& args, const OutputGrads
   }
   if (need_x) {
     dx = in.empty(in.x.sizes());
-    in.product(in.kernels.grads, dgates_x, rotate(in.w_ih, 1), dx.view({in.N, in.x.size(-1)}));
+    in.product(in.kernels.grads, dgates_x, in.w_ih, dx.view({in.N, in.x.size(-1)}), {}, rotation);
   }
   if (need_w_ih) {
     dw_ih = in.empty(in.w_ih.sizes());
-    in.product(in.kernels.grads, dgates_x.t(), in.x_rows(), dw_ih);
-    dw_ih = rotate(dw_ih, -1);
+    in.product(in.kernels.grads, dgates_x.t(), in.x_rows(), dw_ih, {}, 0, rotation);
   }
   if (need_w_hh) {
     dw_hh = in.empty(in.w_hh.sizes());
