@@ -8,11 +8,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
+#include <cstdint>
 #include <cstring>
-#include <map>
+#include <memory>
 #include <mutex>
 #include <new>
+#include <vector>
 
 namespace lstmx {
 namespace {
@@ -21,10 +22,27 @@ constexpr size_t kSmallest = size_t{1} << 20;  // below it malloc keeps pages it
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kMostHeld = size_t{1} << 30;
 
+// Whole huge pages straight from the system, so that freed ones go straight back to it.
 struct Block {
-  void* data;
+  char* data;
   size_t bytes;
 };
+
+char* map_pages(size_t bytes) {
+  void* found =
+      mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (found == MAP_FAILED) return nullptr;
+  char* data = static_cast<char*>(found);
+  const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(data) % kHugePage) % kHugePage;
+  if (before > 0) munmap(data, before);
+  munmap(data + before + bytes, kHugePage - before);
+#if defined(MADV_HUGEPAGE)
+  madvise(data + before, bytes, MADV_HUGEPAGE);  // a wish; nothing is lost if it is not granted
+#endif
+  return data + before;
+}
+
+void unmap(const Block& block) { munmap(block.data, block.bytes); }
 
 class Store {
  public:
@@ -34,37 +52,48 @@ class Store {
     return *store;
   }
 
-  Block* take(size_t bytes) {
+  Block take(size_t bytes) {
     bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     {
       const std::lock_guard lock(mutex_);
-      // Not much more than was asked for, or small tensors would hold large blocks.
-      const auto found = blocks_.lower_bound(bytes);
-      if (found != blocks_.end() && found->first <= bytes + bytes / 4) {
-        Block* block = found->second;
-        blocks_.erase(found);
-        held_ -= block->bytes;
+      // The smallest that will do, and of these the last used. Not much more than was asked for, or
+      // small tensors would hold large blocks.
+      auto best = blocks_.end();
+      for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
+        if (block->bytes >= bytes && block->bytes <= bytes + bytes / 4 &&
+            (best == blocks_.end() || block->bytes <= best->bytes)) {
+          best = block;
+        }
+      }
+      if (best != blocks_.end()) {
+        const Block block = *best;
+        blocks_.erase(best);
+        held_ -= block.bytes;
         return block;
       }
     }
-    void* data = std::aligned_alloc(kHugePage, bytes);
+    char* data = map_pages(bytes);
+    if (data == nullptr) {
+      clear();
+      data = map_pages(bytes);
+    }
     if (data == nullptr) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    madvise(data, bytes, MADV_HUGEPAGE);  // a wish; nothing is lost if it is not granted
-#endif
-    return new Block{data, bytes};
+    return {data, bytes};
   }
 
-  void give_back(Block* block) {
+  // What was not used for longest makes room: shapes change, and nothing may wait for ever.
+  void give_back(const Block& block) {
+    std::vector<Block> evicted;
     {
       const std::lock_guard lock(mutex_);
-      if (held_ + block->bytes <= limit_) {
-        blocks_.emplace(block->bytes, block);
-        held_ += block->bytes;
-        return;
-      }
+      blocks_.push_back(block);
+      held_ += block.bytes;
+      auto kept = blocks_.begin();
+      for (; held_ > limit_; ++kept) held_ -= kept->bytes;
+      evicted.assign(blocks_.begin(), kept);
+      blocks_.erase(blocks_.begin(), kept);
     }
-    free_block(block);
+    for (const auto& old : evicted) unmap(old);
   }
 
   int64_t held() {
@@ -73,13 +102,13 @@ class Store {
   }
 
   void clear() {
-    std::multimap<size_t, Block*> blocks;
+    std::vector<Block> blocks;
     {
       const std::lock_guard lock(mutex_);
       blocks.swap(blocks_);
       held_ = 0;
     }
-    for (const auto& [bytes, block] : blocks) free_block(block);
+    for (const auto& block : blocks) unmap(block);
   }
 
  private:
@@ -92,22 +121,21 @@ class Store {
                    [] { instance().mutex_.unlock(); });
   }
 
-  static void free_block(Block* block) {
-    std::free(block->data);
-    delete block;
-  }
-
   std::mutex mutex_;
-  std::multimap<size_t, Block*> blocks_;  // by size
+  std::vector<Block> blocks_;  // the last used last
   size_t held_ = 0, limit_;
 };
 
 struct StoreAllocator final : c10::Allocator {
-  static void give_back(void* block) { Store::instance().give_back(static_cast<Block*>(block)); }
+  static void give_back(void* context) {
+    const std::unique_ptr<Block> block(static_cast<Block*>(context));
+    Store::instance().give_back(*block);
+  }
 
   c10::DataPtr allocate(size_t bytes) override {
-    Block* block = Store::instance().take(bytes);
-    return {block->data, block, &give_back, c10::Device(c10::DeviceType::CPU)};
+    auto block = std::make_unique<Block>(Store::instance().take(bytes));
+    char* data = block->data;
+    return {data, block.release(), &give_back, c10::Device(c10::DeviceType::CPU)};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override {
     std::memcpy(to, from, bytes);
@@ -123,8 +151,8 @@ at::Tensor empty_cached(at::IntArrayRef size, const at::TensorOptions& options) 
       context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
   const auto bytes = static_cast<size_t>(c10::multiply_integers(size)) * options.dtype().itemsize();
   if (!options.device().is_cpu() || bytes < kSmallest || filled) return at::empty(size, options);
-  static StoreAllocator allocator;
-  return at::detail::empty_generic(size, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
+  static auto* allocator = new StoreAllocator;  // never destroyed, as the store
+  return at::detail::empty_generic(size, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
                                    c10::typeMetaToScalarType(options.dtype()), std::nullopt);
 }
 
