@@ -1,5 +1,7 @@
 #include "team.h"
 
+#include <time.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -34,6 +36,13 @@ inline void pause() {
 #elif defined(__aarch64__)
   asm volatile("isb");
 #endif
+}
+
+// Of the calling thread.
+Clock::duration cpu_time() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
 }
 
 // Flags for denormals and rounding, which each thread has for itself.
@@ -113,26 +122,31 @@ bool shares_core(int team_size) {
 
 // A team is no gain where another process holds one of its cores for whole time slices. Which cores
 // a process gets changes, so it is tried again, after pauses that grow with each disappointment.
+// Judged over many calls: it takes some milliseconds until the system has spread threads that
+// slept.
 class Experience {
  public:
   bool prefers_one(Clock::time_point now) const { return now < alone_until_; }
 
+  // `worked`: the time of one of the members, all of which did as much.
   void note(Clock::time_point end, Clock::duration elapsed, Clock::duration worked, int size) {
-    if (elapsed > size * worked + kTolerance) {
+    elapsed_ += elapsed, alone_ += size * worked;
+    if (elapsed_ < kWindow) return;
+    if (elapsed_ > alone_ + alone_ / 8) {
       alone_until_ = end + pause_;
       pause_ = std::min<Clock::duration>(2 * pause_, kLongest);
     } else {
-      pause_ = std::max<Clock::duration>(pause_ - pause_ / 16, kShortest);
+      pause_ = std::max<Clock::duration>(pause_ / 2, kShortest);
     }
+    elapsed_ = alone_ = Clock::duration{0};
   }
 
  private:
-  // Waking a thread that sleeps takes some tens of microseconds; a time slice, some milliseconds.
-  static constexpr std::chrono::microseconds kTolerance{300};
-  static constexpr std::chrono::milliseconds kShortest{16}, kLongest{512};
+  static constexpr std::chrono::milliseconds kWindow{20}, kShortest{80}, kLongest{640};
 
   Clock::time_point alone_until_{};
   Clock::duration pause_ = kShortest;
+  Clock::duration elapsed_{0}, alone_{0};  // of this window: of the team, of one for all members
 };
 
 struct Leader {
@@ -152,10 +166,11 @@ struct Region {
   Crew& crew;
   Barrier end{};  // the runtime's own would spin while a member on the same core wants to run
   int size = 1;
-  Clock::duration worked{0};  // the time of member 0 without its waits
+  Clock::duration worked{0};  // by member 0: without its waits, and without other threads' turns
 
   void join(int member, int team_size) {
     const auto start = Clock::now();
+    const auto cpu_start = member == 0 ? cpu_time() : Clock::duration{0};
     const FloatMode before = float_mode();
     set_float_mode(mode);
     current_crew = &crew, current_member = member;
@@ -163,7 +178,9 @@ struct Region {
     end.wait(team_size);
     current_crew = nullptr;
     set_float_mode(before);
-    if (member == 0) size = team_size, worked = Clock::now() - start - crew.waited;
+    if (member > 0) return;
+    size = team_size;
+    worked = std::min(Clock::now() - start - crew.waited, cpu_time() - cpu_start);
   }
 };
 

@@ -94,7 +94,7 @@ TEST(a_barrier_does_not_spin_for_long) {
 TEST(a_team_that_gains_nothing_is_left_alone_for_a_while) {
   CHECK(eventually([] { return exchange(2, 1) == 2; }));
   team(2, [](int member, int) {
-    if (member == 1) std::this_thread::sleep_for(20ms);
+    if (member == 1) std::this_thread::sleep_for(60ms);
   });
   CHECK(exchange(2, 1) == 1);
   CHECK(eventually([] { return exchange(2, 1) == 2; }));
