@@ -261,4 +261,19 @@ void run_team(int threads, void (*body)(void*, int, int), void* context) {
   experience.note(end, end - start, region.worked, region.size);
 }
 
+FollowTeams::FollowTeams() {
+#if defined(_OPENMP)
+  if (leader().experience.prefers_one(Clock::now())) {
+    threads_before_ = omp_get_max_threads();
+    omp_set_num_threads(1);
+  }
+#endif
+}
+
+FollowTeams::~FollowTeams() {
+#if defined(_OPENMP)
+  if (threads_before_ > 0) omp_set_num_threads(threads_before_);
+#endif
+}
+
 }  // namespace lstmx

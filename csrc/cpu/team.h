@@ -25,4 +25,17 @@ class Barrier {
 // holds a core.
 void run_team(int threads, void (*body)(void* context, int member, int team_size), void* context);
 
+// For as long as it lives: if the calling thread's teams are given up at the moment, other OpenMP
+// regions that it starts, as ATen's, have one thread as well.
+class FollowTeams {
+ public:
+  FollowTeams();
+  ~FollowTeams();
+  FollowTeams(const FollowTeams&) = delete;
+  FollowTeams& operator=(const FollowTeams&) = delete;
+
+ private:
+  int threads_before_ = 0;  // 0: nothing was changed
+};
+
 }  // namespace lstmx
