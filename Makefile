@@ -27,7 +27,7 @@ test: pytest ctest lint  ## what must be green before a change lands
 check: slow fuzz mutate sanitize  ## what takes longer: slow tests, fuzz, mutations, sanitizers
 
 pytest: $(VENV)/.dev
-	LSTMX_STRICT_SKIPS=1 $(bin)/pytest -q -m "not slow and not gpu"
+	LSTMX_STRICT_SKIPS=1 $(bin)/pytest -q -m "not slow and not gpu" --benchmark-disable
 
 slow: $(VENV)/.dev
 	LSTMX_STRICT_SKIPS=1 $(bin)/pytest -q -m "slow and not gpu"
@@ -61,8 +61,8 @@ format: $(VENV)/.dev  ## format all code in place
 	$(bin)/ruff format .
 	$(bin)/clang-format -i $(cpp_files)
 
-bench: $(VENV)/.dev  ## time lstmx against torch.nn and print the table
-	$(python) -m benchmarks --json build/bench.json
+bench: $(VENV)/.dev  ## time lstmx against torch.nn; BENCH="--cell gru --resume": a part, go on
+	$(python) -m benchmarks --json build/bench.json --plot build/bench.png $(BENCH)
 
 gpu:  ## on a machine with a GPU: build, test, benchmark
 	scripts/gpu_check.sh build/gpu

@@ -1,7 +1,10 @@
-"""``python -m benchmarks``: the table of ratios, torch.nn against lstmx."""
+"""``python -m benchmarks``: the tables of ratios, torch.nn against the others."""
 
 from __future__ import annotations
 
+import json
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,14 +13,20 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from benchmarks.harness import MODES, Measurement, as_json, measure
+from benchmarks import providers, report
+from benchmarks.harness import as_json, measure
+from benchmarks.memory import Meter
 from lstmx.environment import environment, write_json
 from tests.cases import BENCHMARK, CELLS, Case
 
+MODES = ("forward", "training", "dropout")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+# Two of them may differ between the parts of a file: the code, and when it ran.
+SAME_MACHINE = ("torch", "python", "system", "processor", "cores", "instruction_set", "gpu")
 
-def _selected(shape: list[str], cell: list[str]) -> list[Case]:
+
+def _shapes(shape: list[str], cell: list[str]) -> list[Case]:
     if not shape:
         return [case for case in BENCHMARK if case.cell in cell]
     cases = []
@@ -30,70 +39,121 @@ def _selected(shape: list[str], cell: list[str]) -> list[Case]:
     return cases
 
 
-def _table(measurements: list[Measurement]) -> Table:
-    table = Table(title="torch.nn's time / each provider's, medians of interleaved blocks")
-    for name in ("case", "mode", "provider"):
-        table.add_column(name)
-    for name in ("ms", "±", "ratio", "GFLOP/s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in measurements:
-        low, high = row.quartiles
-        dropout = f" p{row.weight_dropout:g}" if row.weight_dropout > 0 else ""
-        table.add_row(
-            f"{row.cell} {row.T},{row.B},{row.I},{row.H}{dropout}",
-            f"{row.mode} {row.dtype} x{row.threads}",
-            row.provider,
-            f"{row.median * 1e3:.3f}",
-            f"{(high - low) / 2 * 1e3:.3f}",
-            f"{row.ratio:.2f}",
-            f"{row.gflops:.0f}",
-            end_section=row.provider == measurements[-1].provider,
-        )
-    return table
+def _checked(name: str, values: list[str], allowed: tuple[str, ...]) -> None:
+    for value in values:
+        if value not in allowed:
+            raise typer.BadParameter(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _list(default: list, help: str, **options: int) -> Any:
+def _stored(path: Path | None) -> list[report.Row]:
+    """The rows of an earlier run on this machine."""
+    if path is None or not path.exists():
+        return []
+    results = json.loads(path.read_text())
+    here = environment()
+    for name in SAME_MACHINE:
+        was = results["environment"][name]
+        if was != here[name]:
+            message = f"{path} was measured with {name} {was!r}, this is {here[name]!r}"
+            raise typer.BadParameter(message, param_hint="--json")
+    return results["measurements"]
+
+
+def _list(default: Any, help: str, **options: int) -> Any:
     return typer.Option(default_factory=lambda: list(default), help=help, **options)
-
-
-PROVIDERS_HELP = "torch, lstmx, reference; +graph after it: as a CUDA graph."
 
 
 def main(
     shape: Annotated[list[str], _list([], "T,B,I,H; none: all of tests/cases.py.")],
     cell: Annotated[list[str], _list(CELLS, "lstm, gru.")],
-    mode: Annotated[list[str], _list(MODES, "forward, training.")],
-    dtype: Annotated[list[str], _list(["float32"], "float32, float64, bfloat16, float16.")],
+    mode: Annotated[
+        list[str],
+        _list(MODES, "forward (no gradients), training, dropout: training with weight dropout."),
+    ],
+    dtype: Annotated[list[str], _list(("float32", "bfloat16"), ", ".join(DTYPES) + ".")],
     provider: Annotated[
         list[str],
-        _list(["torch", "lstmx"], "torch, lstmx, reference; on a GPU also torch+graph, ..."),
+        _list(
+            providers.NAMES,
+            "The first is what the others are compared with; lstmx+low recomputes gates in "
+            "backward; on a GPU also torch+graph, ...: as a CUDA graph.",
+        ),
     ],
     threads: Annotated[list[int], _list([1, 2], "Threads.", min=1)],
-    weight_dropout: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
-    seconds: Annotated[float, typer.Option(help="For each provider on each case.")] = 1.0,
+    weight_dropout: Annotated[float, typer.Option(min=0, max=1, help="In the mode dropout.")] = 0.5,
+    seconds: Annotated[
+        float, typer.Option(help="For each provider on each case, if a call is no slower.")
+    ] = 0.5,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(help="All numbers go here, beside those of other cases."),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Leave out what the file has already.")] = False,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Begin no case after so many; go on with --resume.")
+    ] = float("inf"),
+    plot: Annotated[Path | None, typer.Option(help="Draw the ratios here.")] = None,
 ) -> None:
     """Time torch.nn and lstmx side by side. Options may be given several times."""
-    cases = [replace(case, weight_dropout=weight_dropout) for case in _selected(shape, cell)]
-    jobs = [(n, d, m, case) for n in threads for d in dtype for m in mode for case in cases]
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"device must be cpu or cuda, got {device!r}")
+    _checked("cell", cell, CELLS)
+    _checked("mode", mode, MODES)
+    _checked("dtype", dtype, DTYPES)
+    _checked("device", [device], ("cpu", "cuda"))
+    if resume and json is None:
+        raise typer.BadParameter("resume needs a file to go on with: --json", param_hint="--resume")
+    p = {"forward": 0.0, "training": 0.0, "dropout": weight_dropout}
+    jobs = [
+        (name, one_mode, count, replace(case, weight_dropout=p[one_mode]))
+        for name in dtype
+        for one_mode in mode
+        for count in threads
+        for case in _shapes(shape, cell)
+    ]
+    rows = {report.key(row): row for row in _stored(json)}
     console = Console()
-    measurements: list[Measurement] = []
-    for count, name, one_mode, case in track(jobs, "timing", console=console):
-        torch.set_num_threads(count)
-        measurements += measure(
-            case,
-            mode=one_mode,
-            dtype=getattr(torch, name),
-            providers=provider,
-            seconds=seconds,
-            device=device,
-        )
-        if json is not None:  # as it goes: what is cut off leaves what it has
-            write_json({"environment": environment(), "measurements": as_json(measurements)}, json)
-    console.print(_table(measurements))
+    asked: list[tuple[Any, ...]] = []
+    end, left_out = time.monotonic() + 60 * minutes, 0
+    wanted = memory and device == "cpu" and Meter.supported
+    with Meter() if wanted else nullcontext() as meter:
+        for name, one_mode, count, case in track(jobs, "timing", console=console):
+            kind = "forward" if one_mode == "forward" else "training"
+            # Nothing is kept for backward there, one way or the other.
+            able = [who for who in provider if kind == "training" or "+low" not in who]
+            job = (device, name, kind, case.weight_dropout, count)
+            keys = [(*job, case.cell, case.T, case.B, case.I, case.H, who) for who in able]
+            asked += keys
+            if resume and all(one in rows for one in keys):
+                continue
+            if time.monotonic() > end:
+                left_out += 1
+                continue
+            torch.set_num_threads(count)
+            measured = measure(
+                case,
+                mode=kind,
+                dtype=getattr(torch, name),
+                providers=able,
+                seconds=seconds,
+                device=device,
+                meter=meter,
+            )
+            here = environment()
+            for row in as_json(measured):
+                rows[report.key(row)] = row | {"commit": here["commit"], "date": here["date"]}
+            if json is not None:  # as it goes: what is cut off leaves what it has
+                write_json({"environment": here, "measurements": list(rows.values())}, json)
+    shown = [rows[one] for one in asked if one in rows]
+    if left_out > 0:
+        console.print(f"{left_out} of {len(jobs)} cases were left out: no time")
+    if not shown:
+        raise typer.Exit(1)
+    wide = Console(width=max(100, console.width))
+    for table in report.tables(shown):
+        wide.print(table, "")
+    if plot is not None:
+        report.draw(shown, plot)
 
 
 if __name__ == "__main__":

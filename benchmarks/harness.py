@@ -1,13 +1,13 @@
 """Measures: one process, all providers by turns, so that what slows one slows all.
 
-The time of a block of calls is taken, the blocks of the providers alternate, and each provider's
-median, quartiles and its ratio to the first provider are reported. Before anything is timed, the
-outputs of all providers are compared.
+Blocks of calls are timed, as torch.utils.benchmark's blocked autorange does, each long enough for
+the clock; the providers' blocks alternate, and each provider's median, quartiles and its ratio to
+the first provider are reported. Before anything is timed, all providers' outputs and gradients are
+compared.
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,10 +16,15 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.providers import make
+from benchmarks.calls import Call, call, tensors
+from benchmarks.memory import Meter
+from benchmarks.providers import DroppedWeight, make
+from lstmx import reference
+from tests import tolerances
 from tests.cases import GATES, Case
 
-MODES = ("forward", "training")
+SHORTEST_BLOCK = 0.005  # seconds
+FEWEST_BLOCKS, MOST_BLOCKS = 3, 25
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,13 @@ class Measurement:
     """One provider on one case. Times in seconds for one call.
 
     Attributes:
-        ratio: median of the pairwise ratios torch / this provider; above 1 this one is faster.
-        gflops: 10^9 multiply-adds, counted twice, of the matrix products, for each second.
         provider: a name of ``benchmarks.providers``; with "+graph", replayed as a CUDA graph.
-        peak_bytes: most memory that one call had allocated beside its arguments; on a GPU only.
+        quartiles: first and third, of the times of the blocks.
+        ratio: median of the pairwise ratios first provider / this one; above 1 this one is faster.
+        ratio_quartiles: first and third of those ratios.
+        gflops: 10^9 multiply-adds, counted twice, of the matrix products, for each second.
+        peak: GFLOP/s of large square products, measured just before and after; see gemm_peak.
+        peak_bytes: most memory that a call held beside its arguments and weights, None if unknown.
     """
 
     cell: str
@@ -46,7 +54,9 @@ class Measurement:
     median: float
     quartiles: tuple[float, float]
     ratio: float
+    ratio_quartiles: tuple[float, float]
     gflops: float
+    peak: float
     blocks: int
     calls: int
     device: str
@@ -59,77 +69,109 @@ def products_flop(case: Case, mode: str) -> float:
     return forward * (3 if mode == "training" else 1)
 
 
-def _call(module: nn.Module, x: Tensor, dy: Tensor, mode: str) -> Callable[[], object]:
-    if mode == "forward":
-
-        def forward() -> object:
-            with torch.no_grad():
-                return module(x)
-
-        return forward
-
-    inputs = [x, *module.parameters()]
-
-    def training() -> object:
-        return torch.autograd.grad(module(x)[0], inputs, dy)
-
-    return training
-
-
-def _captured(call: Callable[[], object]) -> Callable[[], object]:
+def _captured(run: Call) -> Call:
     """The call as a CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # what is done only once must not be captured
         for _ in range(3):
-            call()
+            run()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = call()
+        results = run()
 
-    def replay() -> object:
+    def replay() -> list[Tensor]:
         graph.replay()
         return results
 
     return replay
 
 
-def _seconds(call: Callable[[], object], calls: int, device: str) -> float:
+def _seconds(run: Callable[[], object], calls: int, device: str) -> float:
     """Of one call, of so many in a row; on a GPU until the last one is finished."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
     for _ in range(calls):
-        call()
+        run()
     wait()
     return (time.perf_counter() - start) / calls
 
 
-def _peak_bytes(call: Callable[[], object], device: str) -> int | None:
-    if device != "cuda":
-        return None
+def _estimate(run: Callable[[], object], device: str, first: float, enough: float) -> float:
+    """Seconds of one call, from a block that is long enough for the clock.
+
+    ``first`` is what the first call took; if that is more than enough, no other is spent on it.
+    """
+    if first > enough:
+        return first
+    calls = 1
+    while True:
+        seconds = _seconds(run, calls, device)
+        if seconds * calls >= SHORTEST_BLOCK:
+            return seconds
+        calls *= 2
+
+
+def gemm_peak(dtype: torch.dtype, device: str = "cpu") -> float:
+    """GFLOP/s of a product of two large squares at torch's number of threads: the best found.
+
+    On a CPU both of torch's libraries are asked: its ``mm`` in float32 is MKL's, which leaves
+    AVX-512 unused on some processors, and oneDNN's can be twice as fast there.
+    """
+    n = 1024 if device == "cpu" else 4096
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    products: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
+    onednn = torch.backends.mkldnn.is_available() and device == "cpu"
+    if onednn and dtype in (torch.float32, torch.bfloat16):
+        linear = torch.ops.mkldnn._linear_pointwise
+        products.append(lambda: linear(a, b, None, "none", [], ""))
+    seconds = min(_seconds(product, 1, device) for product in products for _ in range(4))
+    return 2 * n**3 / seconds / 1e9
+
+
+def _device_peak_bytes(run: Call) -> int:
+    """Most memory of the GPU that a call has allocated."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = call()
-    del result
+    run()
     return torch.cuda.max_memory_allocated() - before
 
 
-def _check(modules: dict[str, nn.Module], x: Tensor, names: Sequence[str]) -> None:
-    """That all providers compute the same, without dropout."""
-    first, *others = names
-    state = modules[first].state_dict()
-    expected = modules[first].eval()(x)[0]
-    for name in others:
-        module = modules[name]
-        module.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-        got = module.eval()(x)[0]
-        eps = torch.finfo(x.dtype).eps
-        if x.is_cuda and x.dtype == torch.float32:
-            eps = 2.0**-10  # recurrent nets run in TF32 there, unless a flag forbids it
-        tolerance = 30 * eps
-        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+def _check(modules: dict[str, nn.Module], calls: dict[str, Call], case: Case, x: Tensor) -> None:
+    """That all providers return the same outputs and gradients, under one mask."""
+    tolerance = getattr(tolerances, str(x.dtype).removeprefix("torch.").upper())
+    if x.is_cuda and x.dtype == torch.float32:  # unless a flag forbids it
+        tolerance = tolerances.TF32
+    expected: list[Tensor] = []
+    took = {}
+    for name, module in modules.items():
+        torch.manual_seed(1)
+        if isinstance(module, DroppedWeight):  # from the seed that the others will draw
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)[0]
+            size = (GATES[case.cell] * case.H, case.H)
+            module.mask = reference.weight_mask(seed, size, case.weight_dropout, dtype=x.dtype)
+        start = time.perf_counter()
+        got = calls[name]()
+        took[name] = time.perf_counter() - start
+        if isinstance(module, DroppedWeight):
+            module.mask = None
+        expected = expected or got
+        for a, b in zip(got, expected, strict=True):
+            # The table's tolerances are for numbers near 1 and up to 33 steps; over more of them,
+            # rounding errors add up like a random walk.
+            scale = b.float().square().mean().sqrt().item() * max(1, case.T / 33) ** 0.5
+            atol = tolerance["atol"] * scale
+            torch.testing.assert_close(
+                a, b, rtol=tolerance["rtol"], atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+            )
+    return took
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
 
 
 def measure(
@@ -138,9 +180,9 @@ def measure(
     mode: str,
     dtype: torch.dtype = torch.float32,
     providers: Sequence[str] = ("torch", "lstmx"),
-    seconds: float = 1.0,
-    blocks: int = 9,
+    seconds: float = 0.5,
     device: str = "cpu",
+    meter: Meter | None = None,
 ) -> list[Measurement]:
     """Times one case on each provider; the first one is what the ratios refer to.
 
@@ -149,40 +191,55 @@ def measure(
         mode: "forward" (without gradients) or "training" (forward and backward).
         dtype: of all tensors.
         providers: names; ``benchmarks.providers.make`` knows them.
-        seconds: about how long to measure each provider.
-        blocks: number of timed blocks of each.
+        seconds: about how long to time each provider on average; slow calls take longer, for
+            there are at least three blocks.
         device: "cpu" or "cuda".
+        meter: measures peak memory on the CPU; None leaves that out.
 
     Raises:
         ValueError: unknown mode or provider.
-        AssertionError: the providers do not agree on the output.
+        AssertionError: the providers do not agree on outputs or gradients.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(case.T, case.B, case.I, generator=generator).to(device, dtype).requires_grad_()
-    dy = torch.randn(case.T, case.B, case.H, generator=generator).to(device, dtype)
-
-    def module(provider: str, p: float) -> nn.Module:
-        name = provider.removesuffix("+graph")
-        return make(name, case.cell, case.I, case.H, p, dtype).to(device)
-
-    _check({name: module(name, 0.0) for name in providers}, x, providers)
-    calls, counts, peaks = {}, {}, {}
+    x, dy = tensors(case, dtype, device)
+    modules, calls = {}, {}
     for name in providers:
-        call = _call(module(name, case.weight_dropout).train(), x, dy, mode)
-        peaks[name] = _peak_bytes(call, device)
-        calls[name] = call = _captured(call) if name.endswith("+graph") else call
-        _seconds(call, 2, device)
-        counts[name] = max(1, round(seconds / blocks / _seconds(call, 1, device)))
+        base = name.removesuffix("+graph")
+        module = make(base, case.cell, case.I, case.H, case.weight_dropout, dtype)
+        modules[name] = module.to(device).train()
+        calls[name] = call(modules[name], x, dy, mode)
+    first = _check(modules, calls, case, x)
+
+    peak_bytes: dict[str, int | None] = dict.fromkeys(providers)
+    for name in providers:
+        if device == "cuda":
+            peak_bytes[name] = _device_peak_bytes(calls[name])
+        elif meter is not None:
+            peak_bytes[name] = meter.peak_bytes(case, mode, name, dtype)
+        if name.endswith("+graph"):
+            calls[name] = _captured(calls[name])
+
+    peak = gemm_peak(dtype, device)
+    estimates = {
+        name: _estimate(calls[name], device, first[name], max(2 * seconds, 1.0))
+        for name in providers
+    }
+    one_round = sum(max(estimate, SHORTEST_BLOCK) for estimate in estimates.values())
+    blocks = int(seconds * len(providers) / one_round)
+    blocks = min(max(blocks, FEWEST_BLOCKS), MOST_BLOCKS)
+    length = max(seconds / blocks, SHORTEST_BLOCK)
+    counts = {name: max(1, round(length / estimates[name])) for name in providers}
     times: dict[str, list[float]] = {name: [] for name in providers}
-    for _, name in itertools.product(range(blocks), providers):
-        times[name].append(_seconds(calls[name], counts[name], device))
+    for block in range(blocks):
+        # There and back again, so that a drift of the clock favours none.
+        for name in providers if block % 2 == 0 else reversed(providers):
+            times[name].append(_seconds(calls[name], counts[name], device))
+    peak = max(peak, gemm_peak(dtype, device))
 
     found = []
     for name in providers:
-        low, median, high = statistics.quantiles(times[name], n=4, method="inclusive")
+        low, median, high = _quartiles(times[name])
         pairs = zip(times[providers[0]], times[name], strict=True)
+        ratio_low, ratio, ratio_high = _quartiles([theirs / ours for theirs, ours in pairs])
         found.append(
             Measurement(
                 cell=case.cell,
@@ -197,12 +254,14 @@ def measure(
                 provider=name,
                 median=median,
                 quartiles=(low, high),
-                ratio=statistics.median(theirs / ours for theirs, ours in pairs),
+                ratio=ratio,
+                ratio_quartiles=(ratio_low, ratio_high),
                 gflops=products_flop(case, mode) / median / 1e9,
+                peak=peak,
                 blocks=blocks,
                 calls=counts[name],
                 device=device,
-                peak_bytes=peaks[name],
+                peak_bytes=peak_bytes[name],
             )
         )
     return found

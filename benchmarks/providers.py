@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,34 +10,64 @@ from torch import Tensor, nn
 import lstmx
 from lstmx import reference
 
-Forward = Callable[[Tensor], Tensor]
+NAMES = ("torch", "lstmx", "lstmx+low", "reference")
 
 
 class DroppedWeight(nn.Module):
-    """torch.nn's module with weight dropout put on from outside, as one would have to."""
+    """torch.nn's module with weight dropout put on from outside, as one would have to.
+
+    ``mask`` [G*H, H], if set, replaces the one that dropout draws.
+    """
+
+    mask: Tensor | None = None
 
     def __init__(self, module: nn.Module, p: float) -> None:
         super().__init__()
         self.module, self.p = module, p
 
-    def forward(self, x: Tensor):
+    def forward(self, x: Tensor) -> Any:
         weights = dict(self.module.named_parameters())
-        weights["weight_hh_l0"] = nn.functional.dropout(weights["weight_hh_l0"], self.p)
+        w_hh = weights["weight_hh_l0"]
+        if self.mask is None:
+            weights["weight_hh_l0"] = nn.functional.dropout(w_hh, self.p)
+        else:
+            weights["weight_hh_l0"] = w_hh * self.mask
         return torch.func.functional_call(self.module, weights, (x,))
+
+
+class _LowMemory:
+    """The gates recomputed in backward: the ops offer it, the modules have no argument for it."""
+
+    def _layer(self, *args: Any, **options: Any) -> Any:
+        return super()._layer(*args, memory="low", **options)  # type: ignore[misc]
+
+
+class _LowMemoryLSTM(_LowMemory, lstmx.LSTM): ...
+
+
+class _LowMemoryGRU(_LowMemory, lstmx.GRU): ...
 
 
 def make(provider: str, cell: str, I: int, H: int, p: float, dtype: torch.dtype) -> nn.Module:
     """A module that maps [T, B, I] to ([T, B, H], states).
 
+    Its weights are those of seed 0, for all providers: they all initialise as torch does.
+
     Raises:
         ValueError: there is no such provider.
     """
     name = cell.upper()
-    if provider == "lstmx":
-        return getattr(lstmx, name)(I, H, weight_dropout=p, dtype=dtype)
-    if provider == "reference":
-        return getattr(reference, name)(I, H, weight_dropout=p, dtype=dtype)
-    if provider == "torch":
-        module = getattr(nn, name)(I, H, dtype=dtype)
-        return DroppedWeight(module, p) if p > 0 else module
-    raise ValueError(f"provider must be one of lstmx, torch, reference, got {provider!r}")
+    classes: dict[str, dict[str, Any]] = {
+        "torch": vars(nn),
+        "lstmx": vars(lstmx),
+        "lstmx+low": {"LSTM": _LowMemoryLSTM, "GRU": _LowMemoryGRU},
+        "reference": vars(reference),
+    }
+    if provider not in classes:
+        raise ValueError(f"provider must be one of {', '.join(NAMES)}, got {provider!r}")
+    torch.manual_seed(0)
+    module_class = classes[provider][name]
+    if provider != "torch":
+        return module_class(I, H, weight_dropout=p, dtype=dtype)
+    module = module_class(I, H, dtype=dtype)
+    return DroppedWeight(module, p) if p > 0 else module

@@ -10,6 +10,8 @@ import re
 import statistics
 from pathlib import Path
 
+from benchmarks import report
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -58,23 +60,51 @@ def gru() -> str:
 
 
 def speed() -> str:
-    """Ratios of training time, and the machine that they were measured on."""
-    results = json.loads((RESULTS / "cpu-training-float32.json").read_text())
-    found: dict[tuple[str, ...], dict[tuple[str, int], str]] = {}
-    for row in results["measurements"]:
-        if row["provider"] == "lstmx":
-            shape = tuple(str(row[name]) for name in "TBIH")
-            found.setdefault(shape, {})[row["cell"], row["threads"]] = f"{row['ratio']:.2f}"
-    columns = [(cell, threads) for cell in ("lstm", "gru") for threads in (1, 2)]
-    header = ["T, B, I, H"]
-    header += [f"{cell.upper()}, {n} thread{'s' * (n > 1)}" for cell, n in columns]
-    rows = [[", ".join(shape), *(by[column] for column in columns)] for shape, by in found.items()]
-    machine = results["environment"]
-    note = (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['instruction_set']}, "
-        f"torch {machine['torch']}; [all numbers](benchmarks/results/cpu-training-float32.json)."
+    """Ratios of all files cpu-*.json of results: geometric means, then the cases of training."""
+    files = sorted(RESULTS.glob("cpu-*.json"), reverse=True)  # float32 before bfloat16
+    results = [json.loads(file.read_text()) for file in files]
+    measured = [row for result in results for row in result["measurements"]]
+    ours = [row for row in measured if row["provider"] == "lstmx"]
+    columns = sorted(
+        {(row["cell"], row["threads"]) for row in ours}, key=lambda c: (c[0] == "gru", c)
     )
-    return _rows(header, rows) + "\n\n" + note
+    names = [f"{cell.upper()}, {n} thread{'s' * (n > 1)}" for cell, n in columns]
+
+    rows = []
+    for (dtype, mode, p), group in report.grouped(
+        ours, ("dtype", "mode", "weight_dropout")
+    ).items():
+        means = report.geometric_means(group)
+        by = {(row["cell"], row["threads"]): means[report.key(row, report.MEAN)] for row in group}
+        words = f"{mode}, {dtype}" + (f", weight dropout {p:g}" if p > 0 else "")
+        rows.append([words, *(f"{by[c][0]:.2f}" if c in by else "" for c in columns)])
+    parts = [_rows(["geometric mean", *names], rows)]
+
+    training = [row for row in ours if row["mode"] == "training"]
+    for (dtype,), group in report.grouped(training, ("dtype",)).items():
+        dropouts = sorted({row["weight_dropout"] for row in group})
+        rows = []
+        for shape, members in report.grouped(group, "TBIH").items():
+            found = {
+                report.key(row, ("cell", "threads", "weight_dropout")): f"{row['ratio']:.2f}"
+                for row in members
+            }
+            cells = [
+                " / ".join(found.get((*column, p), "") for p in dropouts) for column in columns
+            ]
+            rows.append([", ".join(map(str, shape)), *cells])
+        words = f"Forward and backward, {dtype}"
+        if len(dropouts) > 1:
+            words += f", without / with weight dropout of {dropouts[-1]:g}"
+        parts += [words + ":", _rows(["T, B, I, H", *names], rows)]
+
+    machine = results[0]["environment"]
+    links = ", ".join(f"[{file.stem}](benchmarks/results/{file.name})" for file in files)
+    parts.append(
+        f"{machine['processor']}, {machine['cores']} cores, {machine['instruction_set']}, "
+        f"torch {machine['torch']}; all numbers: {links}."
+    )
+    return "\n\n".join(parts)
 
 
 TABLES = {"chapter": chapter, "speed": speed, "gru": gru}

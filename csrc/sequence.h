@@ -50,28 +50,32 @@ struct SequenceForwardParams {
 struct SequenceBackwardParams {
   SequenceShape shape;
   WeightDropout dropout;
-  const void* w_hh;                 // [G*H, H] storage
+  const void* w_hh;                 // [G*H, H] storage; at T = 1 it may be null: then W_hh's part
+                                    // of dinitial[0] is left out
   const void* initial[kMaxStates];  // [B, H] storage
   const void* states[kMaxStates];   // [N, H] storage: y, c as forward left them
   const void* saved;                // [N, kSaved*H] storage
   const void* dstates[kMaxStates];  // [N, H] storage: gradients of y, c; may be null
   const void* dlast[kMaxStates];    // [B, H] storage: gradients of the final states; may be null
-  void* dgates;                     // [N, kGrads*H] compute
-  void* dinitial[kMaxStates];       // [B, H] storage
+  void* dgates;                     // [N, kGrads*H] compute, or storage: as the kernels say
+  void* dinitial[kMaxStates];       // [B, H] storage, or null
   void* dbias;                      // [kGrads*H] compute: column sums of dgates
   void* workspace;
 };
 
-// saved from the gates' two halves, for a backward whose forward kept only the states.
-struct RecomputeParams {
+// The cell for all steps at once, from both halves of the gates: for a backward whose forward kept
+// only the states, and for a sequence of one step.
+struct PointwiseParams {
   SequenceShape shape;
   const void* x_gates;              // [N, G*H] compute: x W_ih^T
   const void* h_gates;              // [N, G*H] compute: h_{t-1} W_hh^T
   const void* b_ih;                 // [G*H] storage, or null
   const void* b_hh;                 // [G*H] storage, or null
   const void* initial[kMaxStates];  // [B, H] storage
-  const void* states[kMaxStates];   // [N, H] storage
-  void* saved;                      // [N, kSaved*H] storage
+  const void* states[kMaxStates];   // [N, H] storage; not read at T = 1
+  void* next[kMaxStates];           // [B, H] storage, or null: the states after T = 1 ...
+  void* last[kMaxStates];           // [B, H] storage, or null: ... and once more
+  void* saved;                      // [N, kSaved*H] storage, or null
 };
 
 }  // namespace lstmx

@@ -83,9 +83,10 @@ if [ -n "${GPU_PROBE:-}" ]; then
   stage probe 470 reported on_device env PYTHON="$python" bash "$GPU_PROBE/run.sh" "$work/probe"
   cp "$work/probe/"*.jsonl "$out" 2>>"$log"
 fi
-stage "benchmark bf16" 150 fatal benchmark bfloat16.json --dtype bfloat16 --seconds 0.2
+stage "benchmark bf16" 150 fatal benchmark bfloat16.json --dtype bfloat16 \
+  --mode forward --mode training --seconds 0.2
 stage "benchmark dropout" 100 fatal benchmark bfloat16-dropout.json --dtype bfloat16 \
-  --mode training --weight-dropout 0.5 --seconds 0.2
+  --mode dropout --seconds 0.2
 stage "benchmark fp32" 100 fatal benchmark float32.json --dtype float32 --mode training --seconds 0.2
 stage memcheck 90 reported sanitize memcheck
 stage racecheck 90 reported sanitize racecheck

@@ -1,24 +1,58 @@
 """The harness measures what it says; a small regression benchmark of the kernels themselves."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from cases import CELLS, Case
+import typer
+from cases import BENCHMARK, CELLS, Case
+from typer.testing import CliRunner
 
 import lstmx
+from benchmarks import compare, readme, report
+from benchmarks.__main__ import main
+from benchmarks.calls import call, tensors
 from benchmarks.harness import measure, products_flop
+from benchmarks.memory import Meter
+from benchmarks.providers import NAMES, make
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(command, *arguments):
+    """The exit status and the output of a command line of 100 columns."""
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(app, [str(word) for word in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
-def test_measure(mode):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_measure(mode, dtype):
     case = Case("lstm", T=3, B=4, I=5, H=6, weight_dropout=0.5)
-    providers = ("torch", "lstmx", "reference")
-    rows = measure(case, mode=mode, providers=providers, seconds=0.01, blocks=3)
-    assert [row.provider for row in rows] == list(providers)
+    rows = measure(case, mode=mode, dtype=dtype, providers=NAMES, seconds=0.01)
+    assert [row.provider for row in rows] == list(NAMES)
     for row in rows:
         low, high = row.quartiles
         assert 0 < low <= row.median <= high
-        assert row.ratio > 0
+        assert 0 < row.ratio_quartiles[0] <= row.ratio <= row.ratio_quartiles[1]
         assert row.gflops == pytest.approx(products_flop(case, mode) / row.median / 1e9)
+        assert row.blocks >= 3
+        assert row.gflops < row.peak  # these products are tiny
+        assert row.peak_bytes is None
     assert rows[0].ratio == 1
 
 
@@ -40,28 +74,180 @@ def test_errors(arguments, words):
         measure(Case("lstm", 1, 1, 1, 1), **arguments)
 
 
-def test_a_wrong_provider_is_not_timed(monkeypatch):
-    case = Case("lstm", T=3, B=4, I=5, H=6)
+class Wrong(torch.autograd.Function):
+    """The identity with a wrong gradient."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 1.01
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("wrong", [lambda y: y + 1e-3, Wrong.apply], ids=["output", "gradient"])
+def test_a_wrong_provider_is_not_timed(monkeypatch, wrong, p):
+    case = Case("lstm", T=3, B=4, I=5, H=6, weight_dropout=p)
     original = lstmx.LSTM.forward
 
-    def wrong(self, *args):
+    def forward(self, *args):
         y, states = original(self, *args)
-        return y + 1e-3, states
+        return wrong(y), states
 
-    monkeypatch.setattr(lstmx.LSTM, "forward", wrong)
-    with pytest.raises(AssertionError):
-        measure(case, mode="forward")
+    measure(case, mode="training", seconds=0.001)
+    monkeypatch.setattr(lstmx.LSTM, "forward", forward)
+    with pytest.raises(AssertionError, match="lstmx: "):
+        measure(case, mode="training", seconds=0.001)
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not Meter.supported, reason="needs Linux's /proc")
+def test_peak_memory():
+    case = Case("lstm", T=64, B=64, I=32, H=128)
+    y, gates = 64 * 64 * 128 * 4, 4 * 64 * 64 * 128 * 4
+    with Meter() as meter:
+        found = {
+            (mode, provider): meter.peak_bytes(case, mode, provider, torch.float32)
+            for mode, provider in (
+                ("forward", "lstmx"),
+                ("training", "lstmx"),
+                ("training", "torch"),
+            )
+        }
+        again = meter.peak_bytes(case, "training", "lstmx", torch.float32)
+        with pytest.raises(RuntimeError, match=r"process that measures memory died on .*'jax'"):
+            meter.peak_bytes(case, "forward", "jax", torch.float32)
+        assert meter.peak_bytes(case, "forward", "torch", torch.float32) > y  # it goes on
+    assert y < found["forward", "lstmx"] < found["training", "lstmx"]
+    assert found["training", "lstmx"] == pytest.approx(again, rel=0.05)
+    for provider in (
+        "lstmx",
+        "torch",
+    ):  # lstmx's gates lie in its cache, torch's in oneDNN's buffer
+        assert y + gates < found["training", provider] < 4 * (y + gates)
+
+
+def rows_of(*ratios, spread=0.01, **changes):
+    """Records of torch and of lstmx, so many times as fast, on as many cases."""
+    rows = []
+    for T, ratio in enumerate(ratios, start=1):
+        for name, speed in (("torch", 1.0), ("lstmx", ratio)):
+            row = dict.fromkeys(report.KEY, 1) | {"T": T, "provider": name, "cell": "gru"}
+            row |= {"mode": "training", "dtype": "float32", "device": "cpu", "weight_dropout": 0.0}
+            row |= {"median": 1 / speed, "ratio": speed, "gflops": 80.0, "peak": 100.0}
+            row["quartiles"] = ((1 - spread) / speed, (1 + spread) / speed)
+            row["ratio_quartiles"] = ((1 - spread) * speed, (1 + spread) * speed)
+            rows.append(row | {"peak_bytes": 10**9} | changes)
+    return rows
+
+
+def test_geometric_means():
+    means = report.geometric_means(rows_of(2.0, 8.0))
+    group = ("cpu", "float32", "training", 0.0, 1, "gru")
+    assert means == {(*group, "torch"): (1, 1, 2), (*group, "lstmx"): (pytest.approx(4), 2, 2)}
+
+
+def written(path, rows):
+    path.write_text(json.dumps({"measurements": rows}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("after", "arguments", "status", "words"),
+    [
+        (rows_of(2.0, 3.0), [], 0, "2 rows: 0 slower, 0 faster"),
+        (rows_of(2.0, 2.5), [], 1, "2 rows: 1 slower, 0 faster"),
+        (rows_of(2.0, 4.0), [], 0, "2 rows: 0 slower, 1 faster"),
+        (rows_of(2.0, 2.5), ["--threshold", "0.3"], 0, "2 rows: 0 slower, 0 faster"),
+        (rows_of(2.0, 2.5, spread=0.3), [], 0, "2 rows: 0 slower, 0 faster"),  # within the spread
+        (rows_of(2.0, 2.5), ["--by", "time"], 1, "2 rows: 1 slower, 0 faster"),
+        (rows_of(2.0), [], 0, "1 rows are in one file only"),
+        (rows_of(2.0, threads=2), [], 2, "share no row of lstmx"),
+        (rows_of(2.0), ["--by", "luck"], 2, "by must be ratio or time, got 'luck'"),
+    ],
+)
+def test_compare(tmp_path, after, arguments, status, words):
+    before = written(tmp_path / "before.json", rows_of(2.0, 3.0))
+    got, output = run(compare.main, before, written(tmp_path / "after.json", after), *arguments)
+    assert words in " ".join(output.replace("│", " ").split())
+    assert got == status
+
+
+def test_the_table_of_speed(monkeypatch, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        rows = rows_of(2.0, 8.0, dtype=dtype) + rows_of(3.0, 3.0, dtype=dtype, weight_dropout=0.5)
+        rows += rows_of(1.5, dtype=dtype, mode="forward")
+        names = ("processor", "cores", "instruction_set", "torch")
+        results = {"environment": dict.fromkeys(names, "abacus"), "measurements": rows}
+        (tmp_path / f"cpu-{dtype}.json").write_text(json.dumps(results))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    lines = readme.speed().splitlines()
+    assert "| training, float32 | 4.00 |" in lines
+    assert "| training, bfloat16, weight dropout 0.5 | 3.00 |" in lines
+    assert "| forward, bfloat16 | 1.50 |" in lines
+    start = lines.index("Forward and backward, float32, without / with weight dropout of 0.5:")
+    table = ["| T, B, I, H | GRU, 1 thread |", "| --- | ---: |"]
+    table += ["| 1, 1, 1, 1 | 2.00 / 3.00 |", "| 2, 1, 1, 1 | 8.00 / 3.00 |"]
+    assert lines[start + 2 : start + 6] == table
+
+
+def test_the_command_line(tmp_path):
+    """Parts add up in one file; what it has is left out with --resume; tables fit 100 columns."""
+    path, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    part = ["--shape", "2,3,4,5", "--cell", "gru", "--threads", 1, "--seconds", 0.001]
+    part += ["--json", path, "--no-memory"]
+    assert run(main, *part, "--dtype", "float32", "--mode", "training")[0] == 0
+    first = json.loads(path.read_text())["measurements"]
+    assert [row["provider"] for row in first] == list(NAMES)
+    status, output = run(main, *part, "--resume", "--minutes", 0)
+    assert status == 0
+    assert "5 of 6 cases were left out: no time" in output
+    assert json.loads(path.read_text())["measurements"] == first
+    status, output = run(main, *part, "--resume", "--plot", plot)
+    assert status == 0
+    rows = json.loads(path.read_text())["measurements"]
+    assert rows[: len(first)] == first
+    assert len(rows) == 2 * (3 + 4 + 4)  # dtypes; forward has no lstmx+low
+    assert len({report.key(row) for row in rows}) == len(rows)
+    assert all(row["commit"] and row["date"] for row in rows) or not (ROOT / ".git").exists()
+    assert max(map(len, output.splitlines())) <= 100
+    assert "training, weight dropout 0.5, bfloat16, 1 thread, cpu" in output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    results = json.loads(path.read_text())
+    results["environment"]["processor"] = "abacus"
+    path.write_text(json.dumps(results))
+    status, output = run(main, *part, "--resume")
+    assert status == 2
+    assert "was measured with processor 'abacus'" in " ".join(output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "1,2,3"], "shape must be T,B,I,H, got '1,2,3'"),
+        (["--mode", "sleep"], "mode must be one of forward, training, dropout, got 'sleep'"),
+        (["--dtype", "int8"], "dtype must be one of .*got 'int8'"),
+        (["--cell", "rnn"], "cell must be one of lstm, gru, got 'rnn'"),
+        (["--device", "tpu"], "device must be one of cpu, cuda, got 'tpu'"),
+        (["--resume"], "resume needs a file to go on with: --json"),
+    ],
+)
+def test_errors_of_the_command_line(arguments, words):
+    status, output = run(main, *arguments)
+    assert status == 2
+    assert re.search(words, " ".join(output.replace("│", " ").split()))
+
+
+@pytest.mark.benchmark(min_rounds=5, max_time=0.1, warmup=False)
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("shape", [(16, 64, 64, 64), (33, 7, 77, 131), (1, 1, 256, 256)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_speed(benchmark, cell):
-    """For pytest-benchmark's comparison of runs."""
-    inputs = Case(cell, T=16, B=64, I=64, H=64).inputs()
-    op = lstmx.lstm_sequence if cell == "lstm" else lstmx.gru_sequence
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        benchmark(lambda: torch.autograd.grad(op(**inputs)[0].sum(), list(inputs.values())))
-    finally:
-        torch.set_num_threads(threads)
+def test_speed(benchmark, cell, shape, mode):
+    """For pytest-benchmark's comparison of runs; see CONTRIBUTING.md."""
+    case = Case(cell, *shape)
+    assert case in BENCHMARK
+    module = make("lstmx", cell, case.I, case.H, 0.0, torch.float32)
+    y, *_ = benchmark(call(module, *tensors(case, torch.float32), mode))
+    assert y.shape == (case.T, case.B, case.H)

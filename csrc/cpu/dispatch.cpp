@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "matrix_unit.h"
 
 namespace lstmx::cpu {
 
@@ -23,6 +24,22 @@ static const KernelTable& choose() {
 const KernelTable& kernels() {
   static const KernelTable& table = choose();
   return table;
+}
+
+MatrixUnit matrix_unit;
+
+const Kernels& kernels(DType dtype, bool pairs) {
+  const KernelTable& table = kernels();
+  const bool compiled = dtype == DType::kBFloat16 && table.pairs.gates.run;
+  return pairs && compiled ? table.pairs : table.by_dtype[int(dtype)];
+}
+
+bool has_pair_instruction() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
 }
 
 }  // namespace lstmx::cpu

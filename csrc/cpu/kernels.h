@@ -22,12 +22,12 @@ struct CellKernels {
   void (*forward)(const SequenceForwardParams&, int threads);
   int64_t (*backward_workspace)(const SequenceShape&, int threads);
   void (*backward)(const SequenceBackwardParams&, int threads);
-  void (*recompute)(const RecomputeParams&, int threads);
+  void (*pointwise)(const PointwiseParams&, int threads);
   Plan (*plan)(const SequenceShape&, int threads);
 };
 
 // c [m, n] = a [m, k] b [k, n], times the mask of a W_hh of c's size if there is one. Strides are
-// in elements; c's columns lie side by side.
+// in elements; of a and b, rows or columns lie side by side, of c columns.
 struct ProductParams {
   int64_t m, n, k;
   const void* a;
@@ -45,11 +45,18 @@ struct ProductKernel {
   void (*run)(const ProductParams&, int threads);
 };
 
+// What there is for one dtype.
+struct Kernels {
+  CellKernels cells[kCells];
+  ProductKernel gates;  // a, b storage; c compute
+  ProductKernel grads;  // a as dgates; b, c storage
+  bool dgates_in_storage;
+};
+
 struct KernelTable {
   const char* name;  // as ATEN_CPU_CAPABILITY spells it: default, avx2, avx512
-  CellKernels cells[kCells][kDTypes];
-  ProductKernel storage_product[kDTypes];  // a, b storage; c compute
-  ProductKernel compute_product[kDTypes];  // a compute; b, c storage
+  Kernels by_dtype[kDTypes];
+  Kernels pairs;  // for bfloat16, where the processor multiplies it in pairs
   // out[e - begin] = 0 or 1 / (1 - p) for elements begin <= e < end of W_hh; out is compute.
   void (*mask_float)(const WeightDropout&, int64_t begin, int64_t end, float* out);
   void (*mask_double)(const WeightDropout&, int64_t begin, int64_t end, double* out);
@@ -58,6 +65,11 @@ struct KernelTable {
 // The best table that the machine can run, at most `capability` (a name as above; null or unknown:
 // no limit). Decided once, from ATEN_CPU_CAPABILITY.
 const KernelTable& kernels();
+
+// Of that table, for bfloat16 those that multiply it in pairs if wanted. They need the instruction
+// or the matrix unit (matrix_unit.h); where they are not compiled, the others are returned.
+const Kernels& kernels(DType dtype, bool pairs);
+bool has_pair_instruction();
 
 extern const KernelTable kBaselineKernels;
 #if defined(__x86_64__)

@@ -8,6 +8,8 @@
 
 #include "kernels.h"
 #include "mask.h"
+#include "matrix_unit.h"
+#include "pack.h"
 #include "pass.h"
 #include "vector.h"
 
@@ -29,17 +31,44 @@ struct Tile {
   }
 };
 
-// Where a's elements lie: row m, term k at [m * lda + k], or turned at [k * lda + m].
+// Operands lie in groups, see pack.h, and a product takes a group at a time. Row m, group k of a is
+// at [m * lda + k], or turned at [k * lda + m]; lda is in elements of the one, in groups of the
+// other.
 enum class Layout { kByRows, kTurned };
 
-template <Layout kLayout>
-LSTMX_INLINE int64_t place(int64_t m, int64_t k, int64_t lda) {
-  return kLayout == Layout::kByRows ? m * lda + k : k * lda + m;
+template <Layout kLayout, class O>
+LSTMX_INLINE const O* place(const O* a, int64_t m, int64_t k, int64_t lda) {
+  return a + (kLayout == Layout::kByRows ? m * lda + k * kGroup<O> : (k * lda + m) * kGroup<O>);
 }
 
-// c[kRows][kVectors] (+)= a[kRows, depth] * panel[depth][kVectors]
-template <class T, int kRows, int kVectors, Layout kLayout>
-__attribute__((noinline)) void multiply_tile(const T* a, int64_t lda, const T* panel, int64_t depth,
+// sum + a b, with the group at a in all lanes.
+template <class T>
+LSTMX_INLINE Vec<T> broadcast(const T* a) {
+  return Vec<T>(*a);
+}
+template <class T>
+LSTMX_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> sum, const T*) {
+  return a * b + sum;
+}
+
+// Pairs of bfloat16, in one instruction for which gcc 12 would have to compile the whole function
+// for processors that have it. It takes subnormal numbers as zeros.
+LSTMX_INLINE Vec<float> broadcast(const BFloat16* a) {
+  uint32_t pair;
+  std::memcpy(&pair, a, sizeof(pair));
+  return (RawFloat)(pair + RawWord{});
+}
+LSTMX_INLINE Vec<float> multiply_add([[maybe_unused]] Vec<float> a, [[maybe_unused]] Vec<float> b,
+                                     Vec<float> sum, const BFloat16*) {
+#if LSTMX_VECTOR_BYTES == 64
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum.raw) : "v"(b.raw), "v"(a.raw));
+#endif
+  return sum;
+}
+
+// c[kRows][kVectors] (+)= a[kRows, depth] * panel[depth][kVectors]; the depth is in groups.
+template <class T, class O, int kRows, int kVectors, Layout kLayout>
+__attribute__((noinline)) void multiply_tile(const O* a, int64_t lda, const O* panel, int64_t depth,
                                              bool accumulate, T* c) {
   using V = Vec<T>;
   // Too few sums to hide the latency of a multiply-add are split in independent parts.
@@ -58,12 +87,14 @@ __attribute__((noinline)) void multiply_tile(const T* a, int64_t lda, const T* p
   const auto multiply_row = [&](int64_t k, int s) __attribute__((always_inline)) {
     V b[kVectors];
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) b[n] = load<T>(panel + (k * kVectors + n) * V::kLanes);
+    for (int n = 0; n < kVectors; ++n) {
+      std::memcpy(&b[n], panel + (k * kVectors + n) * V::kLanes * kGroup<O>, sizeof(V));
+    }
 #pragma GCC unroll 32
     for (int m = 0; m < kRows; ++m) {
-      const V broadcast = V(a[place<kLayout>(m, k, lda)]);
+      const V group = broadcast(place<kLayout>(a, m, k, lda));
 #pragma GCC unroll 4
-      for (int n = 0; n < kVectors; ++n) sum[s][m][n] = broadcast * b[n] + sum[s][m][n];
+      for (int n = 0; n < kVectors; ++n) sum[s][m][n] = multiply_add(group, b[n], sum[s][m][n], a);
     }
   };
   int64_t k = 0;
@@ -84,13 +115,13 @@ __attribute__((noinline)) void multiply_tile(const T* a, int64_t lda, const T* p
   }
 }
 
-template <class T, int kVectors, Layout kLayout, int kRows = Tile<T>::max_rows(kVectors)>
-LSTMX_INLINE void multiply_rows(int64_t rows, const T* a, int64_t lda, const T* panel,
+template <class T, class O, int kVectors, Layout kLayout, int kRows = Tile<T>::max_rows(kVectors)>
+LSTMX_INLINE void multiply_rows(int64_t rows, const O* a, int64_t lda, const O* panel,
                                 int64_t depth, bool accumulate, T* c) {
   if (rows == kRows) {
-    multiply_tile<T, kRows, kVectors, kLayout>(a, lda, panel, depth, accumulate, c);
+    multiply_tile<T, O, kRows, kVectors, kLayout>(a, lda, panel, depth, accumulate, c);
   } else if constexpr (kRows > 1) {
-    multiply_rows<T, kVectors, kLayout, kRows - 1>(rows, a, lda, panel, depth, accumulate, c);
+    multiply_rows<T, O, kVectors, kLayout, kRows - 1>(rows, a, lda, panel, depth, accumulate, c);
   }
 }
 
@@ -99,39 +130,74 @@ LSTMX_INLINE void multiply_rows(int64_t rows, const T* a, int64_t lda, const T* 
 struct Depth {
   static constexpr int64_t kCacheBytes = 384 * 1024;
 
-  Depth(int64_t terms, int64_t rows, int64_t element_bytes) : terms(terms) {
+  // Parts are multiples of `step`, but for the last.
+  Depth(int64_t terms, int64_t rows, int64_t element_bytes, int64_t step) : terms(terms) {
     const int64_t bytes = rows * terms * element_bytes;
-    parts = std::max<int64_t>(1, (bytes + kCacheBytes - 1) / kCacheBytes);
+    const int64_t count = std::max<int64_t>(1, (bytes + kCacheBytes - 1) / kCacheBytes);
+    length = std::max<int64_t>(1, ((terms + count - 1) / count + step - 1) / step) * step;
+    parts = std::max<int64_t>(1, (terms + length - 1) / length);
   }
-  Range part(int64_t i) const { return {terms * i / parts, terms * (i + 1) / parts}; }
+  Range part(int64_t i) const { return {length * i, std::min(terms, length * (i + 1))}; }
 
-  int64_t terms, parts;
+  int64_t terms, length, parts;
 };
+
+template <class O>
+LSTMX_INLINE bool by_unit() {
+  return kGroup<O> > 1 && cpu::matrix_unit.multiply;
+}
+
+// The matrix unit compiles a kernel for each size; of long operands these are the sizes in k.
+template <class O>
+LSTMX_INLINE int64_t depth_step() {
+  return by_unit<O>() ? 64 : kGroup<O>;
+}
 
 // All rows times one panel, for the terms of `depth`; scratch [rows][kVectors][lanes] has the sum
 // of the terms before. finish(row, rows, c) is called for each tile, with the sum so far of rows
-// row, row + 1, ... in c[rows][kVectors][lanes]. Before that, fetch(row, rows, part) is called with
-// each of several parts of [0, 1), to ask for a part of what finish will read and write.
-template <class T, int kVectors, Layout kLayout = Layout::kByRows, class Finish>
-LSTMX_INLINE void multiply_panel(const T* a, int64_t lda, Range rows, const T* panel, Range depth,
+// row, row + 1, ... in c[rows][kVectors][lanes].
+template <class T, int kVectors, Layout kLayout = Layout::kByRows, class O, class Finish>
+LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* panel, Range depth,
                                  T* scratch, Finish&& finish) {
-  const int64_t count = rows.end - rows.begin, terms = depth.end - depth.begin;
+  constexpr int64_t kWidth = kVectors * Vec<T>::kLanes;
+  const int64_t count = rows.end - rows.begin;
+  if constexpr (kGroup<O> > 1 && kLayout == Layout::kByRows) {
+    if (by_unit<O>()) {
+      // Rows are taken by powers of two, again for the sake of few sizes.
+      for (int64_t first = 0, tile = 32; first < count; first += tile) {
+        while (tile > count - first) tile /= 2;
+        T* c = scratch + first * kWidth;
+        cpu::matrix_unit.multiply(tile, kWidth, depth.end - depth.begin,
+                                  a + (rows.begin + first) * lda + depth.begin, lda,
+                                  panel + depth.begin * kWidth, depth.begin > 0, c);
+        finish(rows.begin + first, tile, c);
+      }
+      return;
+    }
+  }
+  const int64_t begin = depth.begin / kGroup<O>, terms = (depth.end - depth.begin) / kGroup<O>;
   const int64_t tiles = (count + Tile<T>::max_rows(kVectors) - 1) / Tile<T>::max_rows(kVectors);
   // At least one, which yields zeros where there is nothing to sum.
   const int64_t blocks = std::max<int64_t>(
       1, (terms + Tile<T>::max_depth(kVectors) - 1) / Tile<T>::max_depth(kVectors));
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t k = depth.begin + terms * block / blocks;
-    const int64_t k_end = depth.begin + terms * (block + 1) / blocks;
+    const Range part = share(terms, int(block), int(blocks));
+    const int64_t k = begin + part.begin;
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t first = count * tile / tiles, last = count * (tile + 1) / tiles;
-      T* c = scratch + first * kVectors * Vec<T>::kLanes;
-      multiply_rows<T, kVectors, kLayout>(
-          last - first, a + place<kLayout>(rows.begin + first, k, lda), lda,
-          panel + k * kVectors * Vec<T>::kLanes, k_end - k, k > 0, c);
-      if (block == blocks - 1) finish(rows.begin + first, last - first, c);
+      const Range mine = share(count, int(tile), int(tiles));
+      T* c = scratch + mine.begin * kWidth;
+      multiply_rows<T, O, kVectors, kLayout>(
+          mine.end - mine.begin, place<kLayout>(a, rows.begin + mine.begin, k, lda), lda,
+          panel + k * kWidth * kGroup<O>, part.end - part.begin, k > 0, c);
+      if (block == blocks - 1) finish(rows.begin + mine.begin, mine.end - mine.begin, c);
     }
   }
+}
+
+// A member's products are over.
+template <class O>
+LSTMX_INLINE void release_unit() {
+  if (by_unit<O>()) cpu::matrix_unit.release();
 }
 
 // Calls body with count, one of 1 ... 4, as a compile-time constant.
@@ -152,8 +218,9 @@ LSTMX_INLINE void with_vectors(int64_t count, Body&& body) {
 // ---- Whole matrices ----------------------------------------------------------------------------
 
 // c = a b, see ProductParams. b is packed into panels of up to four vectors of columns; each member
-// takes a share of the rows, in blocks that stay in its second-level cache.
-template <class T, class A, class B, class C>
+// takes a share of the rows, in blocks that stay in its second-level cache. O is what a and b are
+// multiplied as.
+template <class T, class O, class A, class B, class C>
 class Product {
  public:
   using V = Vec<T>;
@@ -162,12 +229,15 @@ class Product {
 
   Product(const ProductParams& p, int threads)
       : p_(p),
-        depth_(p.k, kRowBlock, sizeof(T)),
-        lda_(p.k / depth_.parts + 17),  // packed rows must not all map to the same cache set
+        direct_(std::is_same_v<A, O> && p.a_column == 1 && grouped<O>(p.k) == p.k && p.k > 0),
+        terms_(direct_ ? p.k : whole_steps(p.k)),
+        depth_(terms_, kRowBlock, sizeof(O), depth_step<O>()),
+        // Packed rows must not all map to the same cache set.
+        lda_(grouped<O>(depth_.length) + 17 * kGroup<O>),
         panel_count_((p.n + kWidth - 1) / kWidth),
         carver_(p.workspace) {
-    panels_ = carver_.take<T>(padded<T>(p.n) * p.k);
-    if (!direct()) blocks_ = carver_.take<T>(threads * kRowBlock * lda_);
+    panels_ = carver_.take<O>(padded<T>(p.n) * terms_);
+    if (!direct_) blocks_ = carver_.take<O>(threads * block_size());
     scratch_ = carver_.take<T>(threads * scratch_size());
     masked_ = p.dropout.seed != nullptr && p.workspace != nullptr;
     if (masked_) rule_ = MaskRule::make(*p.dropout.seed, p.dropout.p);
@@ -180,7 +250,7 @@ class Product {
     for (int64_t panel = mine.begin; panel < mine.end; ++panel) pack(panel);
     barrier_.wait(team);
 
-    T* block = direct() ? nullptr : blocks_ + member * kRowBlock * lda_;
+    O* block = direct_ ? nullptr : blocks_ + member * block_size();
     T* scratch = scratch_ + member * scratch_size();
     const Range rows = share(p_.m, member, team);
     const int64_t blocks = (rows.end - rows.begin + kRowBlock - 1) / kRowBlock;
@@ -189,28 +259,38 @@ class Product {
       const int64_t first = rows.begin + part.begin, count = part.end - part.begin;
       for (int64_t d = 0; d < depth_.parts; ++d) {
         const Range depth = depth_.part(d);
-        if (direct()) {
-          multiply<Layout::kByRows>(at<T>(p_.a, first * p_.a_row), p_.a_row, first, count, d,
+        if (direct_) {
+          multiply<Layout::kByRows>(at<O>(p_.a, first * p_.a_row), p_.a_row, first, count, d,
                                     scratch);
         } else if (p_.a_column == 1) {
           pack_rows(first, count, depth, block);
           multiply<Layout::kByRows>(block - depth.begin, lda_, first, count, d, scratch);
+        } else if (by_unit<O>()) {
+          if constexpr (kGroup<O> > 1) {
+            turn_rows(at<A>(p_.a, depth.begin * p_.a_column + first), p_.a_column, count,
+                      std::min(p_.k, depth.end) - depth.begin, depth.end - depth.begin, block,
+                      lda_);
+          }
+          multiply<Layout::kByRows>(block - depth.begin, lda_, first, count, d, scratch);
         } else {
-          pack_turned(first, count, depth, block);
-          multiply<Layout::kTurned>(block - depth.begin * kRowBlock, kRowBlock, first, count, d,
-                                    scratch);
+          const int64_t lda = padded<T>(count);
+          pack_straight<kRowBlock + V::kLanes>(
+              at<A>(p_.a, depth.begin * p_.a_column + first), p_.a_column, count,
+              std::min(p_.k, depth.end) - depth.begin, 0, Mask{}, 0, lda, block);
+          multiply<Layout::kTurned>(block - depth.begin * lda, lda, first, count, d, scratch);
         }
       }
     }
+    release_unit<O>();
   }
 
  private:
   // Rows [first, first + count) times all panels, for part d of the depth.
   template <Layout kLayout>
-  void multiply(const T* a, int64_t lda, int64_t first, int64_t count, int64_t d, T* scratch) {
+  void multiply(const O* a, int64_t lda, int64_t first, int64_t count, int64_t d, T* scratch) {
     for (int64_t panel = 0; panel < panel_count_; ++panel) {
       with_vectors(vectors(panel), [&](auto n) {
-        multiply_panel<T, n, kLayout>(a, lda, {0, count}, panels_ + panel * kWidth * p_.k,
+        multiply_panel<T, n, kLayout>(a, lda, {0, count}, panels_ + panel * kWidth * terms_,
                                       depth_.part(d), scratch + panel * kWidth * kRowBlock,
                                       [&](int64_t row, int64_t rows, const T* c) {
                                         if (d + 1 == depth_.parts)
@@ -223,58 +303,40 @@ class Product {
   // Rows that share one pass over the panels; with them a depth of some hundred fills the cache.
   static constexpr int64_t kRowBlock = 40 * Tile<T>::max_rows(kVectors);
 
+  // The unit's sums have terms, if only zeros.
+  static int64_t whole_steps(int64_t k) {
+    const int64_t step = depth_step<O>();
+    return std::max<int64_t>(by_unit<O>(), (k + step - 1) / step) * step;
+  }
+  int64_t block_size() const { return (kRowBlock + V::kLanes) * lda_; }
   int64_t scratch_size() const { return panel_count_ * kWidth * kRowBlock; }
-  bool direct() const { return std::is_same_v<A, T> && p_.a_column == 1; }
   int64_t vectors(int64_t panel) const {
     return std::min<int64_t>(kVectors, padded<T>(p_.n) / V::kLanes - panel * kVectors);
   }
 
-  // panel[k][column]; a few k at a time, so that either order of b uses whole cache lines.
+  // See pack.h. All columns of a panel lie side by side, or all its rows.
   void pack(int64_t panel) const {
-    constexpr int64_t kStep = 16;
     const int64_t column = panel * kWidth, width = vectors(panel) * V::kLanes;
     const int64_t count = std::min(width, p_.n - column);
-    for (int64_t k = 0; k < p_.k; k += kStep) {
-      const int64_t k_end = std::min(p_.k, k + kStep);
-      T* to = panels_ + column * p_.k;
-      const B* from = at<B>(p_.b, column * p_.b_column);
-      if (p_.b_column == 1) {
-        for (int64_t kk = k; kk < k_end; ++kk) {
-          for (int64_t n = 0; n < count; ++n) to[kk * width + n] = widen(from[kk * p_.b_row + n]);
-        }
-      } else {
-        for (int64_t n = 0; n < count; ++n) {
-          for (int64_t kk = k; kk < k_end; ++kk) {
-            to[kk * width + n] = widen(from[kk * p_.b_row + n * p_.b_column]);
-          }
-        }
-      }
-      for (int64_t kk = k; kk < k_end; ++kk) {
-        for (int64_t n = count; n < width; ++n) to[kk * width + n] = T(0);
+    O* to = panels_ + column * terms_;
+    const B* from = at<B>(p_.b, column * p_.b_column);
+    if (p_.b_column == 1) {
+      pack_straight<kWidth>(from, p_.b_row, count, p_.k, 0, Mask{}, 0, width, to);
+    } else {
+      for (int64_t n = 0; n < width; n += V::kLanes) {
+        pack_turned(from + n * p_.b_column, p_.b_column, count - n, p_.k, Mask{}, 0, width,
+                    to + n * kGroup<O>);
       }
     }
+    std::fill(to + grouped<O>(p_.k) * width, to + terms_ * width, O{});
   }
 
   // to[row][k - depth.begin]
-  void pack_rows(int64_t first, int64_t count, Range depth, T* to) const {
+  void pack_rows(int64_t first, int64_t count, Range depth, O* to) const {
+    const int64_t known = std::min(p_.k, depth.end) - depth.begin;
     for (int64_t row = 0; row < count; ++row) {
-      const A* from = at<A>(p_.a, (first + row) * p_.a_row);
-      for (int64_t k = depth.begin; k < depth.end; ++k) {
-        to[row * lda_ + k - depth.begin] = widen(from[k]);
-      }
-    }
-  }
-
-  // to[k - depth.begin][row]
-  void pack_turned(int64_t first, int64_t count, Range depth, T* to) const {
-    for (int64_t k = depth.begin; k < depth.end; ++k) {
-      const A* from = at<A>(p_.a, k * p_.a_column + first * p_.a_row);
-      if (p_.a_row == 1) {
-        for (int64_t row = 0; row < count; ++row) to[row] = widen(from[row]);
-      } else {
-        for (int64_t row = 0; row < count; ++row) to[row] = widen(from[row * p_.a_row]);
-      }
-      to += kRowBlock;
+      copy_run(at<A>(p_.a, (first + row) * p_.a_row + depth.begin), known, depth.end - depth.begin,
+               Mask{}, 0, to + row * lda_);
     }
   }
 
@@ -282,26 +344,29 @@ class Product {
                            const T* c) const {
     T factor[kWidth];
     const int64_t count = std::min<int64_t>(vectors * V::kLanes, p_.n - column);
-    for (int64_t row = first; row < first + rows; ++row) {
+    for (int64_t row = first; row < first + rows; ++row, c += vectors * V::kLanes) {
       if (masked_) {
         const int64_t element = row * p_.n + column;
         mask_factors(rule_, element, element + count, factor);
       }
-      for (int64_t n = 0; n < count; n += V::kLanes, c += V::kLanes) {
-        const int64_t lanes = std::min<int64_t>(V::kLanes, count - n);
-        V value = load<T>(c);
-        if (masked_) value = value * load<T>(factor + n, lanes);
-        store(at<C>(p_.c, row * p_.c_row + column + n), value, lanes);
+      for (int64_t n = 0; n < count; n += V::kLanes) {
+        with_lanes<T>(count - n, [&](auto lanes) {
+          V value = load<T>(c + n);
+          if (masked_) value = value * load<T>(factor + n, lanes);
+          store(at<C>(p_.c, row * p_.c_row + column + n), value, lanes);
+        });
       }
     }
   }
 
   const ProductParams& p_;
+  const bool direct_;  // a needs no packing
+  const int64_t terms_;
   const Depth depth_;
   const int64_t lda_, panel_count_;
   Carver carver_;
-  T* panels_;            // for each panel [k][width]
-  T* blocks_ = nullptr;  // [threads][kRowBlock][lda]: rows of a
+  O* panels_;            // for each panel [k][width]
+  O* blocks_ = nullptr;  // [threads][kRowBlock][lda]: rows of a, or turned
   T* scratch_;           // [threads][panel][kRowBlock][width]
   bool masked_;
   MaskRule rule_;

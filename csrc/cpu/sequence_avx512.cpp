@@ -2,10 +2,13 @@
 #if defined(__x86_64__)
 // Standard headers come first: their inline functions must be compiled for every machine.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__clang__)
 #pragma clang attribute push( \

@@ -1,10 +1,13 @@
 // The sequence kernels for the instructions every machine of the architecture has.
 // Standard headers come first: their inline functions must be compiled for every machine.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #define LSTMX_ISA baseline
 #define LSTMX_VECTOR_BYTES 16

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 
@@ -16,6 +17,8 @@
 #include "../walk.h"
 #include "kernels.h"
 #include "mask.h"
+#include "matrix_unit.h"
+#include "pack.h"
 #include "pass.h"
 #include "product.h"
 #include "vector.h"
@@ -48,7 +51,8 @@ inline int useful_threads(const SequenceShape& shape, int64_t weight_bytes, int 
 
 // ---- Forward -----------------------------------------------------------------------------------
 
-template <class Cell, class T, class Storage>
+// O is what h and W_hh are multiplied as: T, or Storage in pairs.
+template <class Cell, class T, class Storage, class O>
 class Forward {
  public:
   using V = Vec<T>;
@@ -60,15 +64,14 @@ class Forward {
         H_(p.shape.hidden),
         Hp_(padded<T>(H_)),
         tiles_(Hp_ / V::kLanes),
-        weight_bytes_(G * H_ * H_ * int64_t{sizeof(T)}),
+        weight_bytes_(G * H_ * H_ * int64_t{sizeof(O)}),
         carver_(p.workspace) {
-    panels_ = carver_.take<T>(tiles_ * panel_size());
+    panels_ = carver_.take<O>(tiles_ * panel_size());
     for (auto& bias : bias_) bias = carver_.take<T>(G * Hp_);
-    h_next_ = carver_.take<T>(B_ * Hp_);
+    for (auto& h : h_) h = carver_.take<O>(B_ * Hp_);
     for (auto& state : state_) state = carver_.take<T>(B_ * Hp_);
     scratch_ = carver_.take<T>(threads * scratch_size());
-    masked_ = p.dropout.seed != nullptr && p.workspace != nullptr;
-    if (masked_) rule_ = MaskRule::make(*p.dropout.seed, p.dropout.p);
+    if (p.workspace) mask_ = Mask::make(p.dropout);
   }
 
   int64_t workspace_bytes() const { return carver_.used(); }
@@ -81,15 +84,14 @@ class Forward {
     prepare(member, team);
     barrier_.wait(team);
 
-    T* h = state_[0];
-    T* h_next = h_next_;
+    O *h = h_[0], *h_next = h_[1];
     T* scratch = scratch_ + member * scratch_size();
     Walk walk(p_.shape, /*backward=*/false);
     while (walk.advance()) {
       const Range active = {rows.begin, std::min(rows.end, walk.rows)};
       for (int64_t tile = tiles.begin; tile < tiles.end && active.begin < active.end; ++tile) {
-        multiply_panel<T, G>(h, Hp_, active, panels_ + tile * panel_size(), {0, H_}, scratch,
-                             [&](int64_t row, int64_t count, const T* c) {
+        multiply_panel<T, G>(h, Hp_, active, panels_ + tile * panel_size(), {0, grouped<O>(H_)},
+                             scratch, [&](int64_t row, int64_t count, const T* c) {
                                with_lanes<T>(H_ - tile * V::kLanes, [&](auto lanes) {
                                  finish(walk, tile, lanes, row, count, c, h, h_next);
                                });
@@ -98,26 +100,25 @@ class Forward {
       if (partition.unit_parts > 1) barrier_.wait(team);
       std::swap(h, h_next);
     }
+    release_unit<O>();
   }
 
  private:
-  int64_t panel_size() const { return H_ * G * V::kLanes; }
+  int64_t panel_size() const { return grouped<O>(H_) * G * V::kLanes; }
   int64_t scratch_size() const { return B_ * G * V::kLanes; }
 
   void prepare(int member, int team) {
     const Range tiles = share(tiles_, member, team);
-    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      pack(tile, panels_ + tile * panel_size());
-    }
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) pack(tile);
     const Range rows = share(B_, member, team);
-    for (int k = 0; k < Cell::kStates; ++k) {
+    const auto widen_initial = [&](int k, auto* to) {
       widen_rows(at<Storage>(p_.initial[k], rows.begin * H_), rows.end - rows.begin,
-                 state_[k] + rows.begin * Hp_);
-    }
+                 to + rows.begin * Hp_);
+    };
     // Rows that join later (a packed sequence in reverse) find their initial state in either
     // buffer.
-    widen_rows(at<Storage>(p_.initial[0], rows.begin * H_), rows.end - rows.begin,
-               h_next_ + rows.begin * Hp_);
+    for (O* h : h_) widen_initial(0, h);
+    for (int k = 1; k < Cell::kStates; ++k) widen_initial(k, state_[k - 1]);
     if (member == 0) {
       widen_rows(at<Storage>(p_.b_ih, 0), G, bias_[0]);
       widen_rows(at<Storage>(p_.b_hh, 0), G, bias_[1]);
@@ -125,43 +126,29 @@ class Forward {
   }
 
   // [count, H] storage, or null for zeros, to [count, Hp].
-  void widen_rows(const Storage* from, int64_t count, T* to) const {
+  template <class To>
+  void widen_rows(const Storage* from, int64_t count, To* to) const {
     for (int64_t row = 0; row < count; ++row) {
-      for (int64_t u = 0; u < Hp_; ++u) {
-        to[row * Hp_ + u] = from && u < H_ ? T(widen(from[row * H_ + u])) : T(0);
-      }
+      copy_run(from + (from ? row * H_ : 0), from ? H_ : 0, Hp_, Mask{}, 0, to + row * Hp_);
     }
   }
 
-  // panel[k][g][lane] = W_hh[g * H + unit][k], masked; a block of columns at a time stays in cache.
-  void pack(int64_t tile, T* panel) const {
-    constexpr int64_t kBlock = 64;
-    T factor[kBlock];
-    for (int64_t k = 0; k < H_; k += kBlock) {
-      const int64_t count = std::min(kBlock, H_ - k);
-      for (int g = 0; g < G; ++g) {
-        for (int lane = 0; lane < V::kLanes; ++lane) {
-          const int64_t unit = tile * V::kLanes + lane;
-          T* to = panel + (k * G + g) * V::kLanes + lane;
-          const int64_t from = (g * H_ + unit) * H_ + k;
-          const Storage* w = static_cast<const Storage*>(p_.w_hh) + from;
-          if (unit >= H_) {
-            for (int64_t i = 0; i < count; ++i) to[i * G * V::kLanes] = T(0);
-          } else if (masked_) {
-            mask_factors(rule_, from, from + count, factor);
-            for (int64_t i = 0; i < count; ++i) to[i * G * V::kLanes] = widen(w[i]) * factor[i];
-          } else {
-            for (int64_t i = 0; i < count; ++i) to[i * G * V::kLanes] = widen(w[i]);
-          }
-        }
-      }
+  // panel[k][g][lane] = W_hh[g * H + unit][k], masked.
+  void pack(int64_t tile) const {
+    O* panel = panels_ + tile * panel_size();
+    const int64_t unit = tile * V::kLanes;
+    for (int g = 0; g < G; ++g) {
+      const int64_t element = (g * H_ + unit) * H_;
+      pack_turned(at<Storage>(p_.w_hh, element), H_, H_ - unit, H_, mask_, element, G * V::kLanes,
+                  panel + g * V::kLanes * kGroup<O>);
     }
   }
 
   template <class Lanes>
   LSTMX_INLINE void finish(const Walk& walk, int64_t tile, Lanes lanes, int64_t first,
-                           int64_t count, const T* c, const T* h, T* h_next) const {
+                           int64_t count, const T* c, const O* h, O* h_next) const {
     const int64_t unit = tile * V::kLanes;
+    const V scale(static_cast<T>(mask_.scale));
     V bias_ih[G], bias_hh[G];
     for (int g = 0; g < G; ++g) {
       bias_ih[g] = load<T>(bias_[0] + g * Hp_ + unit);
@@ -173,18 +160,18 @@ class Forward {
       V gates_x[G], gates_h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
       for (int g = 0; g < G; ++g) {
         gates_x[g] = load<T>(x_gates + g * H_, lanes) + bias_ih[g];
-        gates_h[g] = load<T>(c + g * V::kLanes) + bias_hh[g];
+        gates_h[g] = load<T>(c + g * V::kLanes) * scale + bias_hh[g];
       }
       prev[0] = load<T>(h + inner);
-      for (int k = 1; k < Cell::kStates; ++k) prev[k] = load<T>(state_[k] + inner);
+      for (int k = 1; k < Cell::kStates; ++k) prev[k] = load<T>(state_[k - 1] + inner);
       Cell::forward(gates_x, gates_h, prev, next, saved);
 
       // What the next step sees is what the caller gets: h rounded to its storage type.
       Storage* y = at<Storage>(p_.states[0], position);
       store(y, next[0], lanes);
-      store(h_next + inner, sizeof(Storage) < sizeof(T) ? load<T>(y, lanes) : next[0]);
+      store(h_next + inner, sizeof(Storage) < sizeof(O) ? load<T>(y, lanes) : next[0]);
       for (int k = 1; k < Cell::kStates; ++k) {
-        store(state_[k] + inner, next[k]);
+        store(state_[k - 1] + inner, next[k]);
         if (p_.states[k]) store(at<Storage>(p_.states[k], position), next[k], lanes);
       }
       if (p_.saved) {
@@ -202,19 +189,19 @@ class Forward {
   const SequenceForwardParams& p_;
   const int64_t B_, H_, Hp_, tiles_, weight_bytes_;
   Carver carver_;
-  T* panels_;                // [tiles][H][G][lanes]
-  T* bias_[2];               // [G][Hp]: b_ih, b_hh
-  T* state_[Cell::kStates];  // [B][Hp]; h's turns with h_next, the others change in place
-  T* h_next_;                // [B][Hp]
-  T* scratch_;               // [threads][B][G][lanes]
-  bool masked_;
-  MaskRule rule_;
+  O* panels_;                                // [tiles][H][G][lanes]
+  T* bias_[2];                               // [G][Hp]: b_ih, b_hh
+  O* h_[2];                                  // [B][Hp]: of this step and the next
+  std::array<T*, Cell::kStates - 1> state_;  // [B][Hp]: the other states, which change in place
+  T* scratch_;                               // [threads][B][G][lanes]
+  Mask mask_;
   Barrier barrier_;
 };
 
 // ---- Backward ----------------------------------------------------------------------------------
 
-template <class Cell, class T, class Storage>
+// O as in Forward: of the gates' gradients and W_hh.
+template <class Cell, class T, class Storage, class O>
 class Backward {
  public:
   using V = Vec<T>;
@@ -226,14 +213,14 @@ class Backward {
         B_(p.shape.batch),
         H_(p.shape.hidden),
         Hp_(padded<T>(H_)),
-        weight_bytes_(G * H_ * H_ * int64_t{sizeof(T)}),
+        weight_bytes_(G * H_ * H_ * int64_t{sizeof(O)}),
+        lead_(grouped<O>(G * H_) - G * H_),
         carver_(p.workspace) {
-    panels_ = carver_.take<T>(G * H_ * Hp_);
+    panels_ = carver_.take<O>((lead_ + G * H_) * Hp_);
     for (auto& carry : carry_) carry = carver_.take<T>(B_ * Hp_);
     bias_ = carver_.take<T>(threads * kGrads * Hp_);
     scratch_ = carver_.take<T>(threads * scratch_size());
-    masked_ = p.dropout.seed != nullptr && p.workspace != nullptr;
-    if (masked_) rule_ = MaskRule::make(*p.dropout.seed, p.dropout.p);
+    if (p.workspace) mask_ = Mask::make(p.dropout);
   }
 
   int64_t workspace_bytes() const { return carver_.used(); }
@@ -257,7 +244,7 @@ class Backward {
     Walk walk(p_.shape, /*backward=*/true);
     for (bool more = true; more;) {
       more = walk.advance();
-      const Depth depth(G * H_, rows.end - rows.begin, sizeof(T));
+      const Depth depth(lead_ + G * H_, rows.end - rows.begin, sizeof(O), depth_step<O>());
       for (int64_t part = 0; part < depth.parts; ++part) {
         for (int64_t v = vectors.begin; v < vectors.end; v += kVectors) {
           T* sums = scratch + (v - vectors.begin) * V::kLanes * B_;
@@ -268,32 +255,25 @@ class Backward {
       }
       if (partition.unit_parts > 1 || !more) barrier_.wait(team);
     }
+    release_unit<O>();
     if (member == 0) sum_bias(partition.row_parts);
   }
 
  private:
   int64_t scratch_size() const { return B_ * Hp_; }
+  O* panel_at(int64_t unit) const { return panels_ + unit * (lead_ + G * H_); }
 
   // panel[row of W_hh][vector][lane], masked. The panels of `vectors` are dealt out to the parts.
   void pack(Range vectors, int part, int parts) const {
+    if (!p_.w_hh) return;
     const Range panels =
         share((vectors.end - vectors.begin + kVectors - 1) / kVectors, part, parts);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const int64_t v = vectors.begin + panel * kVectors;
       const int64_t width = std::min<int64_t>(kVectors, vectors.end - v) * V::kLanes;
       const int64_t unit = v * V::kLanes, count = std::min(width, H_ - unit);
-      T factor[kVectors * V::kLanes];
-      T* to = panels_ + unit * G * H_;
-      for (int64_t row = 0; row < G * H_; ++row, to += width) {
-        const int64_t from = row * H_ + unit;
-        const Storage* w = static_cast<const Storage*>(p_.w_hh) + from;
-        for (int64_t i = 0; i < count; ++i) to[i] = widen(w[i]);
-        for (int64_t i = count; i < width; ++i) to[i] = T(0);
-        if (masked_) {
-          mask_factors(rule_, from, from + count, factor);
-          for (int64_t i = 0; i < count; ++i) to[i] *= factor[i];
-        }
-      }
+      pack_straight<kVectors * V::kLanes>(at<Storage>(p_.w_hh, unit), H_, count, G * H_, lead_,
+                                          mask_, unit, width, panel_at(unit));
     }
   }
 
@@ -302,9 +282,7 @@ class Backward {
     for (int k = 0; k < Cell::kStates; ++k) {
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         const Storage* from = at<Storage>(p_.dlast[k], row * H_);
-        for (int64_t u = 0; u < Hp_; ++u) {
-          carry_[k][row * Hp_ + u] = from && u < H_ ? T(widen(from[u])) : T(0);
-        }
+        copy_run(from, from ? H_ : 0, Hp_, Mask{}, 0, carry_[k] + row * Hp_);
       }
     }
     std::fill_n(bias_ + member * kGrads * Hp_, kGrads * Hp_, T(0));
@@ -314,9 +292,11 @@ class Backward {
   // the ones that have no step here end at the initial state.
   template <int kCount>
   void step(const Walk& walk, int64_t unit, Range rows, Range depth, T* sums, T* bias) const {
-    const bool last = depth.end == G * H_;
+    const bool last = depth.end == lead_ + G * H_;
     const auto clip = [&](int64_t end) { return std::clamp(end, rows.begin, rows.end); };
-    const int64_t with_product = clip(walk.previous_rows);
+    // What would only reach the gradient of the initial h is left out where that is not wanted.
+    const int64_t wanted = p_.dinitial[0] ? walk.previous_rows : walk.rows;
+    const int64_t with_product = p_.w_hh ? clip(std::min(wanted, walk.previous_rows)) : rows.begin;
     const int64_t all = clip(std::max(walk.previous_rows, walk.rows));
     const auto finish_tile = [&](int64_t row, int64_t count, const T* c) {
       if (!last) return;
@@ -329,10 +309,11 @@ class Backward {
       }
     };
     if (with_product > rows.begin) {
-      const T* dgates =
-          at<T>(p_.dgates, walk.previous_offset * kGrads * H_ + Cell::kHiddenGrads * H_);
+      // The column before, if one leads, meets a row of zeros.
+      const O* dgates =
+          at<O>(p_.dgates, walk.previous_offset * kGrads * H_ + Cell::kHiddenGrads * H_ - lead_);
       multiply_panel<T, kCount>(dgates, kGrads * H_, {rows.begin, with_product},
-                                panels_ + unit * G * H_, depth, sums, finish_tile);
+                                const_cast<const O*>(panel_at(unit)), depth, sums, finish_tile);
     }
     if (all > with_product) finish_tile(with_product, all - with_product, nullptr);
   }
@@ -340,16 +321,19 @@ class Backward {
   template <class Lanes>
   LSTMX_INLINE void finish(const Walk& walk, int64_t unit, Lanes lanes, int64_t first,
                            int64_t count, const T* c, int64_t c_stride, T* bias) const {
+    const V scale(static_cast<T>(mask_.scale));
     V sum[kGrads];
     for (int g = 0; g < kGrads; ++g) sum[g] = V(T(0));
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = first + i, inner = row * Hp_ + unit;
       V dnext[Cell::kStates];
       for (int k = 0; k < Cell::kStates; ++k) dnext[k] = load<T>(carry_[k] + inner);
-      if (c) dnext[0] = dnext[0] + load<T>(c + i * c_stride);
+      if (c) dnext[0] = dnext[0] + load<T>(c + i * c_stride) * scale;
       if (row >= walk.rows) {
         for (int k = 0; k < Cell::kStates; ++k) {
-          store(at<Storage>(p_.dinitial[k], row * H_ + unit), dnext[k], lanes);
+          if (p_.dinitial[k]) {
+            store(at<Storage>(p_.dinitial[k], row * H_ + unit), dnext[k], lanes);
+          }
         }
         continue;
       }
@@ -371,7 +355,7 @@ class Backward {
       V dgates[kGrads], dprev[Cell::kStates];
       Cell::backward(saved, prev, next, dnext, dgates, dprev);
 
-      T* to = at<T>(p_.dgates, (walk.offset + row) * kGrads * H_ + unit);
+      O* to = at<O>(p_.dgates, (walk.offset + row) * kGrads * H_ + unit);
       for (int g = 0; g < kGrads; ++g) {
         store(to + g * H_, dgates[g], lanes);
         sum[g] = sum[g] + dgates[g];
@@ -396,23 +380,23 @@ class Backward {
 
   const SequenceBackwardParams& p_;
   const int64_t B_, H_, Hp_, weight_bytes_;
+  const int64_t lead_;  // rows of zeros that fill the panels up to whole groups
   Carver carver_;
-  T* panels_;                // for each panel [G*H][vectors][lanes]
+  O* panels_;                // for each panel [lead + G*H][vectors][lanes]
   T* carry_[Cell::kStates];  // [B][Hp]: what has reached each state, but for W_hh's part
   T* bias_;                  // [threads][kGrads][Hp]
   T* scratch_;               // [threads], each [panel][B][vectors][lanes]: sums in the making
-  bool masked_;
-  MaskRule rule_;
+  Mask mask_;
   Barrier barrier_;
 };
 
-// ---- Recomputing the gates ---------------------------------------------------------------------
+// ---- Without the product ------------------------------------------------------------------------
 
 template <class Cell, class T, class Storage>
-struct Recompute {
+struct Pointwise {
   using V = Vec<T>;
   static constexpr int G = Cell::kGates;
-  const RecomputeParams& p;
+  const PointwiseParams& p;
 
   void run(int member, int team) const {
     const int64_t H = p.shape.hidden;
@@ -421,27 +405,39 @@ struct Recompute {
       const Range rows = share(walk.rows, member, team);
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         for (int64_t unit = 0; unit < H; unit += V::kLanes) {
-          const int64_t lanes = std::min<int64_t>(V::kLanes, H - unit);
-          const int64_t gates = (walk.offset + row) * G * H + unit;
-          V x[G], h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
-          for (int g = 0; g < G; ++g) {
-            x[g] = load<T>(at<T>(p.x_gates, gates + g * H), lanes);
-            h[g] = load<T>(at<T>(p.h_gates, gates + g * H), lanes);
-            if (p.b_ih) x[g] = x[g] + load<T>(at<Storage>(p.b_ih, g * H + unit), lanes);
-            if (p.b_hh) h[g] = h[g] + load<T>(at<Storage>(p.b_hh, g * H + unit), lanes);
-          }
-          for (int k = 0; k < Cell::kStates; ++k) {
-            const Storage* before =
-                row < walk.previous_rows
-                    ? at<Storage>(p.states[k], (walk.previous_offset + row) * H + unit)
-                    : at<Storage>(p.initial[k], row * H + unit);
-            prev[k] = load<T>(before, lanes);
-          }
-          Cell::forward(x, h, prev, next, saved);
-          Storage* to = at<Storage>(p.saved, (walk.offset + row) * Cell::kSaved * H + unit);
-          for (int s = 0; s < Cell::kSaved; ++s) store(to + s * H, saved[s], lanes);
+          with_lanes<T>(H - unit, [&](auto lanes) { step(walk, row, unit, lanes); });
         }
       }
+    }
+  }
+
+ private:
+  template <class Lanes>
+  LSTMX_INLINE void step(const Walk& walk, int64_t row, int64_t unit, Lanes lanes) const {
+    const int64_t H = p.shape.hidden, gates = (walk.offset + row) * G * H + unit;
+    V x[G], h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
+    for (int g = 0; g < G; ++g) {
+      x[g] = load<T>(at<T>(p.x_gates, gates + g * H), lanes);
+      h[g] = load<T>(at<T>(p.h_gates, gates + g * H), lanes);
+      if (p.b_ih) x[g] = x[g] + load<T>(at<Storage>(p.b_ih, g * H + unit), lanes);
+      if (p.b_hh) h[g] = h[g] + load<T>(at<Storage>(p.b_hh, g * H + unit), lanes);
+    }
+    for (int k = 0; k < Cell::kStates; ++k) {
+      const Storage* before =
+          row < walk.previous_rows
+              ? at<Storage>(p.states[k], (walk.previous_offset + row) * H + unit)
+              : at<Storage>(p.initial[k], row * H + unit);
+      prev[k] = load<T>(before, lanes);
+    }
+    Cell::forward(x, h, prev, next, saved);
+    for (int k = 0; k < Cell::kStates; ++k) {
+      for (void* to : {p.next[k], p.last[k]}) {
+        if (to) store(at<Storage>(to, row * H + unit), next[k], lanes);
+      }
+    }
+    if (p.saved) {
+      Storage* to = at<Storage>(p.saved, (walk.offset + row) * Cell::kSaved * H + unit);
+      for (int s = 0; s < Cell::kSaved; ++s) store(to + s * H, saved[s], lanes);
     }
   }
 };
@@ -461,17 +457,17 @@ void run_pass(const Params& p, int threads) {
   run(useful_threads(p.shape, pass.weight_bytes(), threads), pass);
 }
 
-template <class Cell, class T, class Storage>
+template <class Cell, class T, class Storage, class O>
 constexpr cpu::CellKernels cell_kernels() {
-  using F = Forward<Cell, T, Storage>;
-  using B = Backward<Cell, T, Storage>;
+  using F = Forward<Cell, T, Storage, O>;
+  using B = Backward<Cell, T, Storage, O>;
   return {workspace_of<F, SequenceForwardParams>,
           run_pass<F, SequenceForwardParams>,
           workspace_of<B, SequenceBackwardParams>,
           run_pass<B, SequenceBackwardParams>,
-          [](const RecomputeParams& p, int threads) {
-            Recompute<Cell, T, Storage> pass{p};
-            run(threads, pass);
+          [](const PointwiseParams& p, int threads) {
+            Pointwise<Cell, T, Storage> pass{p};
+            run(p.shape.steps * p.shape.batch * p.shape.hidden < 20000 ? 1 : threads, pass);
           },
           [](const SequenceShape& shape, int threads) {
             SequenceForwardParams p{};
@@ -482,9 +478,9 @@ constexpr cpu::CellKernels cell_kernels() {
           }};
 }
 
-template <class T, class A, class B, class C>
+template <class T, class O, class A, class B, class C>
 constexpr cpu::ProductKernel product_kernel() {
-  using P = Product<T, A, B, C>;
+  using P = Product<T, O, A, B, C>;
   return {[](const ProductParams& p, int threads) { return P(p, threads).workspace_bytes(); },
           [](const ProductParams& p, int threads) {
             P pass(p, threads);
@@ -492,29 +488,23 @@ constexpr cpu::ProductKernel product_kernel() {
           }};
 }
 
-template <class T, class Storage>
-constexpr void fill_products(cpu::KernelTable& table, DType dtype) {
-  table.storage_product[int(dtype)] = product_kernel<T, Storage, Storage, T>();
-  table.compute_product[int(dtype)] = product_kernel<T, T, Storage, Storage>();
-}
-
-template <class Cell>
-constexpr void fill_cell(cpu::CellKernels (&by_dtype)[kDTypes]) {
-  by_dtype[int(DType::kFloat32)] = cell_kernels<Cell, float, float>();
-  by_dtype[int(DType::kFloat64)] = cell_kernels<Cell, double, double>();
-  by_dtype[int(DType::kBFloat16)] = cell_kernels<Cell, float, BFloat16>();
-  by_dtype[int(DType::kFloat16)] = cell_kernels<Cell, float, Float16>();
+template <class T, class Storage, class O>
+constexpr cpu::Kernels all_kernels() {
+  return {{cell_kernels<Lstm, T, Storage, O>(), cell_kernels<Gru, T, Storage, O>()},
+          product_kernel<T, O, Storage, Storage, T>(),
+          product_kernel<T, O, O, Storage, Storage>(),
+          std::is_same_v<Storage, O>};
 }
 
 constexpr cpu::KernelTable kernel_table(const char* name) {
   cpu::KernelTable table{};
   table.name = name;
-  fill_cell<Lstm>(table.cells[int(CellKind::kLstm)]);
-  fill_cell<Gru>(table.cells[int(CellKind::kGru)]);
-  fill_products<float, float>(table, DType::kFloat32);
-  fill_products<double, double>(table, DType::kFloat64);
-  fill_products<float, BFloat16>(table, DType::kBFloat16);
-  fill_products<float, Float16>(table, DType::kFloat16);
+  table.by_dtype[int(DType::kFloat32)] = all_kernels<float, float, float>();
+  table.by_dtype[int(DType::kFloat64)] = all_kernels<double, double, double>();
+  table.by_dtype[int(DType::kBFloat16)] = all_kernels<float, BFloat16, float>();
+  table.by_dtype[int(DType::kFloat16)] = all_kernels<float, Float16, float>();
+  // A processor that multiplies pairs has the widest vectors too.
+  if constexpr (LSTMX_VECTOR_BYTES == 64) table.pairs = all_kernels<float, BFloat16, BFloat16>();
   table.mask_float = mask_elements<float>;
   table.mask_double = mask_elements<double>;
   return table;

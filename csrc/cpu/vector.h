@@ -34,6 +34,34 @@ struct Vec {
   LSTMX_INLINE friend Vec operator-(int a, Vec b) { return T(a) - b.raw; }
 };
 
+// Sixteen-bit storage, a whole vector of it.
+typedef uint16_t RawHalf __attribute__((vector_size(LSTMX_VECTOR_BYTES / 2)));
+typedef uint32_t RawWord __attribute__((vector_size(LSTMX_VECTOR_BYTES)));
+
+template <class Storage>
+LSTMX_INLINE RawFloat widen_all(const Storage* p) {
+  RawHalf halves;
+  __builtin_memcpy(&halves, p, sizeof(halves));
+  const auto words = __builtin_convertvector(halves, RawWord);
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    return widen_bfloat16<RawFloat>(words);
+  } else {
+    return widen_float16<RawFloat>(words);
+  }
+}
+
+template <class Storage>
+LSTMX_INLINE void narrow_all(RawFloat x, Storage* p) {
+  RawWord words;
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    words = narrow_bfloat16<RawWord>(x);
+  } else {
+    words = narrow_float16<RawWord>(x);
+  }
+  const auto halves = __builtin_convertvector(words, RawHalf);
+  __builtin_memcpy(p, &halves, sizeof(halves));
+}
+
 // Unaligned loads and stores, `count` of kLanes lanes (the rest read as zero); storage types are
 // widened and narrowed on the way.
 template <class T, class Storage>
@@ -43,7 +71,7 @@ LSTMX_INLINE Vec<T> load(const Storage* p, int64_t count = Vec<T>::kLanes) {
     if constexpr (sizeof(Storage) == sizeof(T)) {
       __builtin_memcpy(&v, p, sizeof(v));
     } else {
-      for (int i = 0; i < Vec<T>::kLanes; ++i) v.raw[i] = widen(p[i]);
+      v.raw = widen_all(p);
     }
   } else {
     v = Vec<T>(T(0));
@@ -70,7 +98,7 @@ LSTMX_INLINE void store(Storage* p, Vec<T> v, int64_t count = Vec<T>::kLanes) {
     if constexpr (sizeof(Storage) == sizeof(T)) {
       __builtin_memcpy(p, &v, sizeof(v));
     } else {
-      for (int i = 0; i < Vec<T>::kLanes; ++i) narrow(v.raw[i], p[i]);
+      narrow_all(v.raw, p);
     }
   } else {
     for (int64_t i = 0; i < count; ++i) narrow(v.raw[i], p[i]);

@@ -19,7 +19,7 @@ DType dtype_of(const Tensor& t) {
 
 Inputs::Inputs(const SequenceArgs& args)
     : x((args.check(), args.x.contiguous())),
-      w_ih(args.w_ih),
+      w_ih(args.w_ih.contiguous()),
       w_hh(args.w_hh.contiguous()),
       b_ih(contiguous(args.b_ih)),
       b_hh(contiguous(args.b_hh)),

@@ -4,7 +4,9 @@
 #include <string_view>
 
 #include "../cpu/kernels.h"
+#include "../cpu/matrix_unit.h"
 #include "cache.h"
+#include "matrix_unit.h"
 #if defined(LSTMX_WITH_CUDA)
 #include "../cuda/kernels.h"
 #endif
@@ -34,10 +36,15 @@ py::dict build_info() {
   return info;
 }
 
+const char* bfloat16_products() {
+  if (!multiply_in_pairs()) return "float32";
+  return cpu::matrix_unit.multiply ? "matrix unit" : "pairs";
+}
+
 py::dict cpu_plan(std::string_view cell, int64_t T, int64_t B, int64_t H, int threads) {
   const auto kind = cell == "lstm" ? CellKind::kLstm : CellKind::kGru;
-  const auto& kernels = cpu::kernels().cells[int(kind)][int(DType::kFloat32)];
-  const auto plan = kernels.plan({T, B, H, nullptr, false}, threads);
+  const auto& kernels = cpu::kernels(DType::kFloat32, /*pairs=*/false);
+  const auto plan = kernels.cells[int(kind)].plan({T, B, H, nullptr, false}, threads);
   py::dict result;
   result["threads"] = plan.threads;
   result["by_rows"] = plan.by_rows;
@@ -53,6 +60,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cpu_capability", [] { return lstmx::cpu::kernels().name; },
       "Name of the instruction set that the CPU kernels use: default, avx2 or avx512.");
+  m.def("bfloat16_products", lstmx::bfloat16_products,
+        "How the CPU multiplies bfloat16 now: matrix unit, pairs or float32.");
   m.def("build_info", lstmx::build_info, "Compiler, OpenMP, CUDA architectures (None without).");
   m.def("cached_bytes", lstmx::cached_bytes, "Bytes of memory that are kept for later calls.");
   m.def("empty_cache", lstmx::empty_cache, "Gives them back to the system.");

@@ -6,6 +6,7 @@
 
 #include "../cpu/kernels.h"
 #include "inputs.h"
+#include "matrix_unit.h"
 #include "ops.h"
 
 namespace lstmx {
@@ -15,19 +16,19 @@ struct CpuInputs : Inputs {
   explicit CpuInputs(const SequenceArgs& args)
       : Inputs(args),
         threads(at::get_num_threads()),
-        kernels(cpu::kernels().cells[int(kind)][int(dtype)]) {}
+        kernels(cpu::kernels(dtype, multiply_in_pairs())),
+        cell(kernels.cells[int(kind)]) {}
 
   Tensor workspace(int64_t (*bytes)(const SequenceShape&, int)) const {
     return empty_cached({bytes(shape, threads)}, x.options().dtype(at::kByte));
   }
+  Tensor empty_dgates() const {
+    return kernels.dgates_in_storage ? empty({N, grads * H}) : empty_compute({N, grads * H});
+  }
 
-  // out = a b, times the mask if one is given: out is compute, or a is and the rest is storage.
-  void product(const Tensor& a, const Tensor& b, const Tensor& out,
-               const WeightDropout& mask = {}) const {
-    const auto& table = cpu::kernels();
-    const auto& kernel = a.scalar_type() == b.scalar_type()
-                             ? table.storage_product[int(dtype_of(b))]
-                             : table.compute_product[int(dtype_of(b))];
+  // out = a b, times the mask if one is given.
+  void product(const cpu::ProductKernel& kernel, const Tensor& a, const Tensor& b,
+               const Tensor& out, const WeightDropout& mask = {}) const {
     cpu::ProductParams p{a.size(0),
                          b.size(1),
                          a.size(1),
@@ -51,8 +52,24 @@ struct CpuInputs : Inputs {
     kernel.run(p, threads);
   }
 
+  // rows W^T in compute, as the gates want it; and W_hh's, whose mask is not rounded with it.
+  Tensor gates(const Tensor& rows, const Tensor& w) const {
+    auto out = empty_compute({N, G * H});
+    product(kernels.gates, rows, w.t(), out);
+    return out;
+  }
+  Tensor hidden_gates(const Tensor& h_prev) const {
+    if (!dropout.seed) return gates(h_prev, w_hh);
+    return gates(h_prev, kept_w_hh()).mul_(scale());
+  }
+
+  // W_hh with zeros where it is dropped, not scaled.
+  Tensor kept_w_hh() const;
+  double scale() const { return dropout.p < 1 ? 1 / (1 - dropout.p) : 0; }
+
   int threads;
-  const cpu::CellKernels& kernels;
+  const cpu::Kernels& kernels;
+  const cpu::CellKernels& cell;
 };
 
 Tensor weight_mask_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::ScalarType dtype) {
@@ -69,33 +86,34 @@ Tensor weight_mask_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::S
   return mask.to(dtype);
 }
 
-// The gates, from the states alone: one GEMM for each half.
-Tensor recompute_gates(const CpuInputs& in, const Tensor& y, const Tensor& c,
-                       const Tensor& h_prev) {
-  auto saved = in.empty({in.N, in.saved, in.H});
-  auto h = h_prev, w_hh = in.w_hh;
-  if (in.dropout.seed) {
-    // As in forward, the masked weight is not rounded.
-    h = h.to(in.compute);
-    w_hh = w_hh * weight_mask_cpu(*in.seed, w_hh.sizes(), in.dropout.p, in.compute);
-  }
-  const auto x_gates = in.empty_compute({in.N, in.G * in.H});
-  const auto h_gates = in.empty_compute({in.N, in.G * in.H});
-  in.product(in.x_rows(), in.w_ih.t(), x_gates);
-  in.product(h, w_hh.t(), h_gates);
-  RecomputeParams p{};
+Tensor CpuInputs::kept_w_hh() const {
+  const auto mask = weight_mask_cpu(*seed, w_hh.sizes(), dropout.p, w_hh.scalar_type());
+  return w_hh * mask.sign_();
+}
+
+// The cell for all steps at once, given what each step found as h.
+PointwiseParams pointwise_params(const CpuInputs& in, const Tensor& x_gates,
+                                 const Tensor& h_gates) {
+  PointwiseParams p{};
   p.shape = in.shape;
   p.x_gates = x_gates.const_data_ptr();
   p.h_gates = h_gates.const_data_ptr();
   p.b_ih = data_or_null(in.b_ih);
   p.b_hh = data_or_null(in.b_hh);
+  for (int k = 0; k < in.states; ++k) p.initial[k] = in.initial[k].const_data_ptr();
+  return p;
+}
+
+// The gates, from the states alone: one product for each half.
+Tensor recompute_gates(const CpuInputs& in, const Tensor& y, const Tensor& c,
+                       const Tensor& h_prev) {
+  auto saved = in.empty({in.N, in.saved, in.H});
+  const auto x_gates = in.gates(in.x_rows(), in.w_ih), h_gates = in.hidden_gates(h_prev);
+  auto p = pointwise_params(in, x_gates, h_gates);
   const Tensor* states[] = {&y, &c};
-  for (int k = 0; k < in.states; ++k) {
-    p.initial[k] = in.initial[k].const_data_ptr();
-    p.states[k] = states[k]->const_data_ptr();
-  }
+  for (int k = 0; k < in.states; ++k) p.states[k] = states[k]->const_data_ptr();
   p.saved = saved.mutable_data_ptr();
-  in.kernels.recompute(p, in.threads);
+  in.cell.pointwise(p, in.threads);
   return saved;
 }
 
@@ -106,14 +124,29 @@ ForwardResult sequence_forward_cpu(const SequenceArgs& args, bool save_gates, bo
   auto c = keep_c ? in.empty(in.output_size()) : in.empty({0});
   Tensor last[] = {in.empty({in.B, in.H}), in.states > 1 ? in.empty({in.B, in.H}) : in.empty({0})};
   auto saved = save_gates ? in.empty({in.N, in.saved, in.H}) : in.empty({0});
+  void* const states[] = {y.mutable_data_ptr(), keep_c ? c.mutable_data_ptr() : nullptr};
+  void* const saved_data = save_gates ? saved.mutable_data_ptr() : nullptr;
+
+  // One step does not pay for packing W_hh.
+  if (in.shape.steps == 1) {
+    const auto x_gates = in.gates(in.x_rows(), in.w_ih);
+    const auto h_gates = in.hidden_gates(in.initial[0]);
+    auto p = pointwise_params(in, x_gates, h_gates);
+    for (int k = 0; k < in.states; ++k) {
+      p.next[k] = states[k], p.last[k] = last[k].mutable_data_ptr();
+    }
+    p.saved = saved_data;
+    in.cell.pointwise(p, in.threads);
+    return {y, last[0], last[1], c, saved};
+  }
 
   // x W_ih^T goes where the activated gates will be, if they are kept in the same dtype.
   auto x_gates = save_gates && in.compute == in.x.scalar_type()
                      ? saved.view({in.N, in.saved * in.H}).narrow(1, 0, in.G * in.H)
                      : in.empty_compute({in.N, in.G * in.H});
-  in.product(in.x_rows(), in.w_ih.t(), x_gates);
+  in.product(in.kernels.gates, in.x_rows(), in.w_ih.t(), x_gates);
 
-  const auto workspace = in.workspace(in.kernels.forward_workspace);
+  const auto workspace = in.workspace(in.cell.forward_workspace);
   SequenceForwardParams p{};
   p.shape = in.shape;
   p.dropout = in.dropout;
@@ -125,12 +158,11 @@ ForwardResult sequence_forward_cpu(const SequenceArgs& args, bool save_gates, bo
   for (int k = 0; k < in.states; ++k) {
     p.initial[k] = in.initial[k].const_data_ptr();
     p.last[k] = last[k].mutable_data_ptr();
+    p.states[k] = states[k];
   }
-  p.states[0] = y.mutable_data_ptr();
-  p.states[1] = keep_c ? c.mutable_data_ptr() : nullptr;
-  p.saved = save_gates ? saved.mutable_data_ptr() : nullptr;
+  p.saved = saved_data;
   p.workspace = workspace.mutable_data_ptr();
-  in.kernels.forward(p, in.threads);
+  in.cell.forward(p, in.threads);
   return {y, last[0], last[1], c, saved};
 }
 
@@ -145,30 +177,32 @@ BackwardResult sequence_backward_cpu(const SequenceArgs& args, const OutputGrads
   if (recompute || need_w_hh) h_prev = in.previous(0, y);
   const auto saved = recompute ? recompute_gates(in, y, c, h_prev) : saved_.contiguous();
 
-  auto dgates = in.empty_compute({in.N, in.grads * in.H});
+  auto dgates = in.empty_dgates();
   auto dbias = in.empty_compute({in.grads * in.H});
   Tensor dinitial[kMaxStates];
-  const auto workspace = in.workspace(in.kernels.backward_workspace);
+  const auto workspace = in.workspace(in.cell.backward_workspace);
   SequenceBackwardParams p{};
   p.shape = in.shape;
   p.dropout = in.dropout;
-  p.w_hh = in.w_hh.const_data_ptr();
+  const bool one_step = in.shape.steps == 1;  // it does not pay for packing W_hh
+  p.w_hh = one_step ? nullptr : in.w_hh.const_data_ptr();
   const Tensor* states[] = {&y, &c};
+  const bool need_initial[] = {need_h0, need_c0};
   const OptionalTensor dstates[] = {contiguous(grads[0]), contiguous(grads[3])};
   const OptionalTensor dlast[] = {contiguous(grads[1]), contiguous(grads[2])};
   for (int k = 0; k < in.states; ++k) {
-    dinitial[k] = in.empty({in.B, in.H});
+    if (need_initial[k]) dinitial[k] = in.empty({in.B, in.H});
     p.initial[k] = in.initial[k].const_data_ptr();
     p.states[k] = states[k]->const_data_ptr();
     p.dstates[k] = data_or_null(dstates[k]);
     p.dlast[k] = data_or_null(dlast[k]);
-    p.dinitial[k] = dinitial[k].mutable_data_ptr();
+    p.dinitial[k] = need_initial[k] ? dinitial[k].mutable_data_ptr() : nullptr;
   }
   p.saved = saved.const_data_ptr();
   p.dgates = dgates.mutable_data_ptr();
   p.dbias = dbias.mutable_data_ptr();
   p.workspace = workspace.mutable_data_ptr();
-  in.kernels.backward(p, in.threads);
+  in.cell.backward(p, in.threads);
 
   // The input's gradients come in the cell's own order of gates; see kInputRotation.
   const auto rotate = [&](const Tensor& t, int64_t by) {
@@ -177,24 +211,35 @@ BackwardResult sequence_backward_cpu(const SequenceArgs& args, const OutputGrads
   const auto dgates_x = dgates.narrow(1, in.input_grads * in.H, in.G * in.H);
   const auto dgates_h = dgates.narrow(1, in.hidden_grads * in.H, in.G * in.H);
   Tensor dx, dw_ih, dw_hh, db_ih, db_hh;
+  if (one_step && need_h0) {
+    auto through_w_hh = in.empty({in.B, in.H});
+    in.product(in.kernels.grads, dgates_h, in.dropout.seed ? in.kept_w_hh() : in.w_hh,
+               through_w_hh);
+    dinitial[0].add_(through_w_hh, in.dropout.seed ? in.scale() : 1.0);
+  }
   if (need_x) {
     dx = in.empty(in.x.sizes());
-    in.product(dgates_x, rotate(in.w_ih, 1), dx.view({in.N, in.x.size(-1)}));
+    in.product(in.kernels.grads, dgates_x, rotate(in.w_ih, 1), dx.view({in.N, in.x.size(-1)}));
   }
   if (need_w_ih) {
     dw_ih = in.empty(in.w_ih.sizes());
-    in.product(dgates_x.t(), in.x_rows(), dw_ih);
+    in.product(in.kernels.grads, dgates_x.t(), in.x_rows(), dw_ih);
     dw_ih = rotate(dw_ih, -1);
   }
   if (need_w_hh) {
     dw_hh = in.empty(in.w_hh.sizes());
-    in.product(dgates_h.t(), h_prev, dw_hh, in.dropout);
+    in.product(in.kernels.grads, dgates_h.t(), h_prev, dw_hh, in.dropout);
   }
   if (need_b_ih || need_b_hh) {
     std::tie(db_ih, db_hh) = in.bias_grads(dbias.view({in.grads, in.H}));
   }
-  return {dx,    need_h0 ? dinitial[0] : Tensor(), need_c0 ? dinitial[1] : Tensor(), dw_ih,
-          dw_hh, need_b_ih ? db_ih : Tensor(),     need_b_hh ? db_hh : Tensor()};
+  return {dx,
+          dinitial[0],
+          dinitial[1],
+          dw_ih,
+          dw_hh,
+          need_b_ih ? db_ih : Tensor(),
+          need_b_hh ? db_hh : Tensor()};
 }
 
 }  // namespace

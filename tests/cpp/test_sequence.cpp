@@ -1,11 +1,14 @@
 // The CPU kernels against a loop over steps, rows and units in double: every cell, dtype and kind
 // of sequence, with one thread and with three.
+#include <atomic>
 #include <string>
+#include <type_traits>
 
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "check.h"
 #include "cpu/kernels.h"
+#include "cpu/matrix_unit.h"
 #include "plain_sequence.h"
 
 using namespace lstmx;
@@ -18,14 +21,40 @@ struct Workspace {
   char* data;
 };
 
-template <class Cell, class Storage>
+// Stands in for the processor's unit.
+void multiply_plainly(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
+                      const BFloat16* b, bool accumulate, float* c) {
+  CHECK(m > 0 && n > 0 && n % 16 == 0 && k > 0 && k % 2 == 0 && lda >= k);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      float sum = accumulate ? c[i * n + j] : 0;
+      for (int64_t l = 0; l < k; ++l) {
+        sum += widen(a[i * lda + l]) * widen(b[(l / 2 * n + j) * 2 + l % 2]);
+      }
+      c[i * n + j] = sum;
+    }
+  }
+}
+
+struct PlainMatrixUnit {
+  PlainMatrixUnit() {
+    cpu::matrix_unit = {multiply_plainly, [] { ++releases; }};
+  }
+  ~PlainMatrixUnit() { cpu::matrix_unit = {}; }
+  static inline std::atomic<int> releases{0};
+};
+
+// Where the gates' gradients are multiplied as 16-bit numbers, they are rounded to them first.
+template <class Cell, class Storage, class DGates = ComputeOf<Storage>>
 void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) {
   constexpr int G = Cell::kGates, S = Cell::kStates;
   using T = ComputeOf<Storage>;
   const int64_t H = q.H, N = q.N(), B = q.B();
   const auto a = random_arrays<Cell>(q);
 
-  const auto& kernels = cpu::kernels().cells[int(kind)][int(dtype)];
+  const auto& table = cpu::kernels(dtype, sizeof(DGates) == 2);
+  const auto& kernels = table.cells[int(kind)];
+  CHECK((table.dgates_in_storage == std::is_same_v<DGates, Storage>));
   const SequenceShape shape = {q.T(), B, H, q.packed ? q.batch_sizes.data() : nullptr, q.reverse};
   const WeightDropout dropout = {q.p > 0 ? &kSeed : nullptr, q.p};
   Buffer<T> x_gates(a.x_gates);
@@ -47,7 +76,8 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
   f.workspace = forward_workspace.data;
   kernels.forward(f, threads);
 
-  Buffer<T> dgates(N * Cell::kGrads * H), dbias(Cell::kGrads * H);
+  Buffer<DGates> dgates(N * Cell::kGrads * H);
+  Buffer<T> dbias(Cell::kGrads * H);
   SequenceBackwardParams b{};
   b.shape = shape, b.dropout = dropout;
   b.w_hh = w_hh.data.get(), b.saved = saved.data.get();
@@ -89,6 +119,30 @@ void check_cell(CellKind kind) {
 TEST(lstm_sequence) { check_cell<Lstm>(CellKind::kLstm); }
 TEST(gru_sequence) { check_cell<Gru>(CellKind::kGru); }
 
+namespace {
+
+void check_pairs() {
+  for (const auto& q : kSequences) {
+    for (const int threads : {1, 3}) {
+      check_sequence<Lstm, BFloat16, BFloat16>(CellKind::kLstm, DType::kBFloat16, q, threads);
+      check_sequence<Gru, BFloat16, BFloat16>(CellKind::kGru, DType::kBFloat16, q, threads);
+    }
+  }
+}
+
+}  // namespace
+
+TEST(matrix_unit) {
+  if (!cpu::kernels().pairs.gates.run) return;  // these kernels exist for AVX-512 only
+  const PlainMatrixUnit unit;
+  check_pairs();
+  CHECK(PlainMatrixUnit::releases > 0);
+}
+
+TEST(pair_instruction) {
+  if (cpu::kernels().pairs.gates.run && cpu::has_pair_instruction()) check_pairs();
+}
+
 // Large enough for a team, both ways of sharing the work.
 TEST(teams) {
   check_sequence<Lstm, float>(CellKind::kLstm, DType::kFloat32,
@@ -97,49 +151,61 @@ TEST(teams) {
                              3);
 }
 
+namespace {
+
+// Both operands in both layouts, with a mask.
+template <class Storage, class C>
+void check_product(const cpu::ProductKernel& kernel, int64_t m, int64_t n, int64_t k, int layout,
+                   int threads) {
+  const Buffer<Storage> a(normal_values(m * k)), b(normal_values(k * n));
+  Buffer<C> c(m * n);
+  cpu::ProductParams p{};
+  p.m = m, p.n = n, p.k = k;
+  p.a = a.data.get(), p.b = b.data.get(), p.c = c.data.get(), p.c_row = n;
+  p.a_row = layout & 1 ? 1 : k, p.a_column = layout & 1 ? m : 1;
+  p.b_row = layout & 2 ? 1 : n, p.b_column = layout & 2 ? k : 1;
+  p.dropout = {&kSeed, 0.5};
+  const Workspace workspace(kernel.workspace(p, threads));
+  p.workspace = workspace.data;
+  kernel.run(p, threads);
+
+  std::vector<float> mask(m * n);
+  cpu::kernels().mask_float(p.dropout, 0, m * n, mask.data());
+  const Values a_values = a.values(), b_values = b.values();
+  Values expected(m * n);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t l = 0; l < k; ++l) {
+        expected[i * n + j] +=
+            a_values[i * p.a_row + l * p.a_column] * b_values[l * p.b_row + j * p.b_column];
+      }
+      expected[i * n + j] *= mask[i * n + j];
+    }
+  }
+  CHECK(worst(c.values(), expected) < (sizeof(C) == 2 ? 5e-3 : 3e-4));
+}
+
+}  // namespace
+
 TEST(products) {
   struct Size {
     int64_t m, n, k;
   };
-  for (const auto [m, n, k] : {Size{1, 1, 1}, Size{7, 70, 33}, Size{130, 65, 300}, Size{5, 3, 0}}) {
+  const auto& floats = cpu::kernels(DType::kFloat32, false);
+  const auto& pairs = cpu::kernels(DType::kBFloat16, true);
+  for (const auto [m, n, k] :
+       {Size{1, 1, 1}, Size{7, 70, 33}, Size{130, 65, 300}, Size{5, 3, 0}, Size{300, 20, 1900}}) {
     for (const int layout : {0, 1, 2, 3}) {
       for (const int threads : {1, 3}) {
-        const Values a = normal_values(m * k), b = normal_values(k * n);
-        const Buffer<float> a_data(a), b_data(b);
-        Buffer<float> c(m * n);
-        cpu::ProductParams p{m,
-                             n,
-                             k,
-                             a_data.data.get(),
-                             0,
-                             0,
-                             b_data.data.get(),
-                             0,
-                             0,
-                             c.data.get(),
-                             n,
-                             {&kSeed, 0.5},
-                             nullptr};
-        p.a_row = layout & 1 ? 1 : k, p.a_column = layout & 1 ? m : 1;
-        p.b_row = layout & 2 ? 1 : n, p.b_column = layout & 2 ? k : 1;
-        const auto& kernel = cpu::kernels().storage_product[int(DType::kFloat32)];
-        const Workspace workspace(kernel.workspace(p, threads));
-        p.workspace = workspace.data;
-        kernel.run(p, threads);
-
-        std::vector<float> mask(m * n);
-        cpu::kernels().mask_float(p.dropout, 0, m * n, mask.data());
-        Values expected(m * n);
-        for (int64_t i = 0; i < m; ++i) {
-          for (int64_t j = 0; j < n; ++j) {
-            for (int64_t l = 0; l < k; ++l) {
-              expected[i * n + j] +=
-                  a[i * p.a_row + l * p.a_column] * b[l * p.b_row + j * p.b_column];
-            }
-            expected[i * n + j] *= mask[i * n + j];
-          }
-        }
-        CHECK(worst(c.values(), expected) < 1e-4);
+        check_product<float, float>(floats.gates, m, n, k, layout, threads);
+        const auto check = [&] {
+          check_product<BFloat16, float>(pairs.gates, m, n, k, layout, threads);
+          check_product<BFloat16, BFloat16>(pairs.grads, m, n, k, layout, threads);
+        };
+        if (!pairs.dgates_in_storage) continue;
+        if (cpu::has_pair_instruction()) check();
+        const PlainMatrixUnit unit;
+        check();
       }
     }
   }

@@ -1,0 +1,193 @@
+// Copies of matrices in the order in which products read them. An operand's elements lie in groups:
+// one float or double; two bfloat16, which the matrix unit takes together.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "mask.h"
+#include "pass.h"
+#include "vector.h"
+
+namespace lstmx::LSTMX_ISA {
+
+template <class O>
+constexpr int kGroup = sizeof(O) == 2 ? 2 : 1;
+template <class O>
+constexpr int64_t grouped(int64_t count) {
+  return (count + kGroup<O> - 1) / kGroup<O> * kGroup<O>;
+}
+
+// What a matrix is copied through: weight dropout's rule, if it has one. Here a kept weight stays
+// as it is, whatever its type; the scale belongs to the sums, which are float.
+struct Mask {
+  bool any = false;
+  MaskRule rule;
+  double scale = 1;
+
+  static Mask make(const WeightDropout& dropout) {
+    if (!dropout.seed) return {};
+    Mask mask{true, MaskRule::make(*dropout.seed, dropout.p)};
+    mask.scale = std::exchange(mask.rule.scale, 1.0);
+    return mask;
+  }
+};
+
+// to[i] = from[i] as an operand, for i < count, and 0 up to `end`. `element` is the place of
+// from[0] in the matrix that the mask is of.
+template <class O, class S>
+LSTMX_INLINE void copy_run(const S* from, int64_t count, int64_t end, const Mask& mask,
+                           int64_t element, O* to) {
+  if (mask.any) {
+    constexpr int64_t kRun = 64;
+    ComputeOf<S> kept[kRun];
+    for (int64_t i = 0; i < count; i += kRun) {
+      const int64_t n = std::min(kRun, count - i);
+      mask_factors(mask.rule, element + i, element + i + n, kept);
+      // Exact, and a dropped NaN stays one, as in torch.
+      for (int64_t j = 0; j < n; ++j) narrow(widen(from[i + j]) * kept[j], to[i + j]);
+    }
+  } else {
+    const auto copy = [&](int64_t n) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < n; ++i) {
+        if constexpr (std::is_same_v<O, S>) {
+          to[i] = from[i];
+        } else {
+          to[i] = widen(from[i]);
+        }
+      }
+    };
+    if (count == end) return copy(end);  // often a constant, where count is not
+    copy(count);
+  }
+  for (int64_t i = count; i < end; ++i) to[i] = O{};
+}
+
+// A square of words, one group each.
+template <class O>
+struct Square {
+  using Word = std::conditional_t<sizeof(O) == 8, double, float>;
+  using Raw = typename Vec<Word>::Raw;
+  static constexpr int kLanes = Vec<Word>::kLanes;
+  static constexpr int kRun = kLanes * kGroup<O>;  // elements of a row of words
+
+  LSTMX_INLINE void transpose() {
+    Raw words[kLanes];
+    std::memcpy(words, rows, sizeof(rows));
+    exchange<1>(words);
+    std::memcpy(rows, words, sizeof(rows));
+  }
+
+  alignas(64) O rows[kLanes][kRun];
+
+ private:
+  // Blocks of 1, 2, 4, ... lanes change places across the diagonal.
+  template <int kStep>
+  LSTMX_INLINE static void exchange(Raw (&words)[kLanes]) {
+    if constexpr (kStep < kLanes) {
+      constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        if (i & kStep) continue;
+        const Raw a = words[i], b = words[i + kStep];
+        words[i] = mix<kStep, true>(a, b, lanes);
+        words[i + kStep] = mix<kStep, false>(a, b, lanes);
+      }
+      exchange<2 * kStep>(words);
+    }
+  }
+  template <int kStep, bool kFirst, int... kLane>
+  LSTMX_INLINE static Raw mix(Raw a, Raw b, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(a, b,
+                                   (kFirst ? (kLane & kStep ? kLanes + kLane - kStep : kLane)
+                                           : (kLane & kStep ? kLanes + kLane : kLane + kStep))...);
+  }
+};
+
+// pairs[n] = (first[n], second[n])
+LSTMX_INLINE void interleave(const BFloat16* first, const BFloat16* second, int64_t count,
+                             BFloat16* pairs) {
+  for (int64_t n = 0; n < count; ++n) {
+    const uint32_t pair = first[n].bits | uint32_t{second[n].bits} << 16;
+    std::memcpy(pairs + 2 * n, &pair, sizeof(pair));
+  }
+}
+
+// A part of a panel, to[k / group][n][k % group], from a matrix whose rows are the panel's columns:
+// one vector of them, of which `columns` exist; `width` columns are in the whole panel. The depth
+// is filled up with zeros to whole groups.
+template <class O, class S>
+void pack_turned(const S* from, int64_t ld, int64_t columns, int64_t depth, const Mask& mask,
+                 int64_t element, int64_t width, O* to) {
+  using Words = Square<O>;
+  Words square;
+  for (int64_t k = 0; k < depth; k += Words::kRun) {
+    const int64_t count = std::min<int64_t>(Words::kRun, depth - k);
+    for (int n = 0; n < Words::kLanes; ++n) {
+      const int64_t at = n < columns ? n * ld + k : 0;
+      copy_run(from + at, n < columns ? count : 0, Words::kRun, mask, element + at, square.rows[n]);
+    }
+    square.transpose();
+    const int64_t groups = grouped<O>(count) / kGroup<O>;
+    for (int64_t i = 0; i < groups; ++i) {
+      std::memcpy(to + (k / kGroup<O> + i) * width * kGroup<O>, square.rows[i],
+                  sizeof(square.rows[i]));
+    }
+  }
+}
+
+// A panel of `width` <= kMost columns from a matrix with the same rows; `columns` of them exist,
+// and `lead` rows of zeros come first.
+template <int64_t kMost, class O, class S>
+void pack_straight(const S* from, int64_t ld, int64_t columns, int64_t depth, int64_t lead,
+                   const Mask& mask, int64_t element, int64_t width, O* to) {
+  const auto copy = [&](int64_t k, O* row) __attribute__((always_inline)) {
+    const bool exists = k >= 0 && k < depth;
+    const int64_t at = exists ? k * ld : 0;
+    copy_run(from + at, exists ? columns : 0, width, mask, element + at, row);
+  };
+  for (int64_t k = -lead; k < depth; k += kGroup<O>, to += kGroup<O> * width) {
+    if constexpr (kGroup<O> == 1) {
+      copy(k, to);
+    } else {
+      O first[kMost], second[kMost];
+      copy(k, first);
+      copy(k + 1, second);
+      interleave(first, second, width, to);
+    }
+  }
+}
+
+// to[m][k] = from[k][m] in bfloat16; the depth is filled up with zeros to `end`.
+LSTMX_INLINE void turn_rows(const BFloat16* from, int64_t ld, int64_t rows, int64_t depth,
+                            int64_t end, BFloat16* to, int64_t to_ld) {
+  using Words = Square<BFloat16>;
+  constexpr int64_t kLanes = Words::kLanes;
+  const Mask none;
+  Words square;
+  for (int64_t k = 0; k < end; k += Words::kRun) {
+    const int64_t count = std::min<int64_t>(Words::kRun, end - k);
+    for (int64_t m = 0; m < rows; m += kLanes) {
+      const int64_t columns = std::min(kLanes, rows - m);
+      for (int i = 0; i < kLanes; ++i) {
+        BFloat16 pair[2][kLanes];
+        for (int half = 0; half < 2; ++half) {
+          const int64_t row = k + 2 * i + half;
+          copy_run(row < depth ? from + row * ld + m : from, row < depth ? columns : 0, kLanes,
+                   none, 0, pair[half]);
+        }
+        interleave(pair[0], pair[1], kLanes, square.rows[i]);
+      }
+      square.transpose();
+      for (int64_t i = 0; i < columns; ++i) {
+        std::memcpy(to + (m + i) * to_ld + k, square.rows[i],
+                    static_cast<size_t>(count) * sizeof(BFloat16));
+      }
+    }
+  }
+}
+
+}  // namespace lstmx::LSTMX_ISA
