@@ -1,6 +1,7 @@
 """What a user installs: sdist and wheel, from nothing but the sources and torch."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -97,6 +98,47 @@ def test_the_core_imports_only_torch():
         "print(sorted(new - set(sys.stdlib_module_names)))"
     )
     assert run(sys.executable, "-c", program).strip() == "['lstmx']"
+
+
+# What only machines with these extensions understand, in the assembler's AT&T syntax.
+VECTOR_CODE = {
+    "avx2": re.compile(r"\tv[a-z0-9]+ .*%[xy]mm"),
+    "avx512": re.compile(r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|2\d|3[01])"),
+}
+
+
+@pytest.fixture(scope="module")
+def vector_functions():
+    """The names of all functions of the extension, and of those with instructions of each set."""
+    functions, users = set(), {name: set() for name in VECTOR_CODE}
+    code = run("objdump", "-d", "-C", "--no-show-raw-insn", lstmx._C.__file__)
+    for line in code.splitlines():
+        if heading := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            functions.add(function := heading[1])
+        else:
+            for name, pattern in VECTOR_CODE.items():
+                if pattern.search(line):
+                    users[name].add(function)
+    return functions, users
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs a machine with AVX")
+def test_instruction_sets_stay_in_their_namespaces(vector_functions):
+    """Of inline functions the linker keeps one copy, whichever set it was compiled for.
+
+    So nothing outside a set's namespace may hold its instructions: not even a template of the
+    standard library. Else a machine without them crashes in code meant for every machine.
+    """
+    functions, users = vector_functions
+    for allowed, found in ((("avx2", "avx512"), users["avx2"]), (("avx512",), users["avx512"])):
+        homes = tuple(f"lstmx::{name}::" for name in allowed)
+        assert not sorted(f for f in found if not any(home in f for home in homes))
+    # ... and each set has its kernels, which use it.
+    for name in ("baseline", "avx2", "avx512"):
+        kernels = {f for f in functions if f"lstmx::{name}::" in f}
+        assert kernels
+        if name != "baseline":
+            assert kernels & users[name]
 
 
 @pytest.mark.slow

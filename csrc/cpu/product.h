@@ -235,6 +235,7 @@ class Product {
         // Packed rows must not all map to the same cache set.
         lda_(grouped<O>(depth_.length) + 17 * kGroup<O>),
         panel_count_((p.n + kWidth - 1) / kWidth),
+        parts_(p.m * p.n * p.k < 100000 ? 1 : threads),
         carver_(p.workspace) {
     panels_ = carver_.take<O>(padded<T>(p.n) * terms_);
     if (!direct_) blocks_ = carver_.take<O>(threads * block_size());
@@ -252,39 +253,42 @@ class Product {
 
     O* block = direct_ ? nullptr : blocks_ + member * block_size();
     T* scratch = scratch_ + member * scratch_size();
-    const Range rows = share(p_.m, member, team);
-    const int64_t blocks = (rows.end - rows.begin + kRowBlock - 1) / kRowBlock;
-    for (int64_t i = 0; i < blocks; ++i) {
-      const Range part = share(rows.end - rows.begin, int(i), int(blocks));
-      const int64_t first = rows.begin + part.begin, count = part.end - part.begin;
-      for (int64_t d = 0; d < depth_.parts; ++d) {
-        const Range depth = depth_.part(d);
-        if (direct_) {
-          multiply<Layout::kByRows>(at<O>(p_.a, first * p_.a_row), p_.a_row, first, count, d,
-                                    scratch);
-        } else if (p_.a_column == 1) {
-          pack_rows(first, count, depth, block);
-          multiply<Layout::kByRows>(block - depth.begin, lda_, first, count, d, scratch);
-        } else if (by_unit<O>()) {
-          if constexpr (kGroup<O> > 1) {
-            turn_rows(at<A>(p_.a, depth.begin * p_.a_column + first), p_.a_column, count,
-                      std::min(p_.k, depth.end) - depth.begin, depth.end - depth.begin, block,
-                      lda_);
-          }
-          multiply<Layout::kByRows>(block - depth.begin, lda_, first, count, d, scratch);
-        } else {
-          const int64_t lda = padded<T>(count);
-          pack_straight<kRowBlock + V::kLanes>(
-              at<A>(p_.a, depth.begin * p_.a_column + first), p_.a_column, count,
-              std::min(p_.k, depth.end) - depth.begin, 0, 0, Mask{}, 0, lda, block);
-          multiply<Layout::kTurned>(block - depth.begin * lda, lda, first, count, d, scratch);
-        }
+    for (int part = member; part < parts_; part += team) {
+      const Range rows = share(p_.m, part, parts_);
+      const int64_t blocks = (rows.end - rows.begin + kRowBlock - 1) / kRowBlock;
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Range in_part = share(rows.end - rows.begin, int(i), int(blocks));
+        const int64_t first = rows.begin + in_part.begin, count = in_part.end - in_part.begin;
+        for (int64_t d = 0; d < depth_.parts; ++d) multiply_block(first, count, d, block, scratch);
       }
     }
     release_unit<O>();
   }
 
  private:
+  // The same for a block of rows, of which part d is packed first if need be.
+  void multiply_block(int64_t first, int64_t count, int64_t d, O* block, T* scratch) {
+    const Range depth = depth_.part(d);
+    const int64_t known = std::min(p_.k, depth.end) - depth.begin;
+    if (direct_) {
+      multiply<Layout::kByRows>(at<O>(p_.a, first * p_.a_row), p_.a_row, first, count, d, scratch);
+    } else if (p_.a_column == 1) {
+      pack_rows(first, count, depth, block);
+      multiply<Layout::kByRows>(block - depth.begin, lda_, first, count, d, scratch);
+    } else if (by_unit<O>()) {
+      if constexpr (kGroup<O> > 1) {
+        turn_rows(at<A>(p_.a, depth.begin * p_.a_column + first), p_.a_column, count, known,
+                  depth.end - depth.begin, block, lda_);
+      }
+      multiply<Layout::kByRows>(block - depth.begin, lda_, first, count, d, scratch);
+    } else {
+      const int64_t lda = padded<T>(count);
+      pack_straight<kRowBlock + V::kLanes>(at<A>(p_.a, depth.begin * p_.a_column + first),
+                                           p_.a_column, count, known, 0, 0, Mask{}, 0, lda, block);
+      multiply<Layout::kTurned>(block - depth.begin * lda, lda, first, count, d, scratch);
+    }
+  }
+
   // Rows [first, first + count) times all panels, for part d of the depth.
   template <Layout kLayout>
   void multiply(const O* a, int64_t lda, int64_t first, int64_t count, int64_t d, T* scratch) {
@@ -365,6 +369,7 @@ class Product {
   const int64_t terms_;
   const Depth depth_;
   const int64_t lda_, panel_count_;
+  const int parts_;  // of the rows, whatever the size of the team
   Carver carver_;
   O* panels_;            // for each panel [k][width]
   O* blocks_ = nullptr;  // [threads][kRowBlock][lda]: rows of a, or turned

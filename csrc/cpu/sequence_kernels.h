@@ -65,6 +65,7 @@ class Forward {
         Hp_(padded<T>(H_)),
         tiles_(Hp_ / V::kLanes),
         weight_bytes_(G * H_ * H_ * int64_t{sizeof(O)}),
+        parts_(useful_threads(p.shape, weight_bytes_, threads)),
         carver_(p.workspace) {
     panels_ = carver_.take<O>(tiles_ * panel_size());
     for (auto& bias : bias_) bias = carver_.take<T>(G * Hp_);
@@ -78,9 +79,7 @@ class Forward {
   int64_t weight_bytes() const { return weight_bytes_; }
 
   void run(int member, int team) {
-    const auto partition = Partition::make(p_.shape, weight_bytes_, team);
-    const Range rows = partition.rows(p_.shape, member);
-    const Range tiles = partition.tiles(tiles_, member);
+    const auto partition = Partition::make(p_.shape, weight_bytes_, parts_);
     prepare(member, team);
     barrier_.wait(team);
 
@@ -88,14 +87,17 @@ class Forward {
     T* scratch = scratch_ + member * scratch_size();
     Walk walk(p_.shape, /*backward=*/false);
     while (walk.advance()) {
-      const Range active = {rows.begin, std::min(rows.end, walk.rows)};
-      for (int64_t tile = tiles.begin; tile < tiles.end && active.begin < active.end; ++tile) {
-        multiply_panel<T, G>(h, Hp_, active, panels_ + tile * panel_size(), {0, grouped<O>(H_)},
-                             scratch, [&](int64_t row, int64_t count, const T* c) {
-                               with_lanes<T>(H_ - tile * V::kLanes, [&](auto lanes) {
-                                 finish(walk, tile, lanes, row, count, c, h, h_next);
+      for (int part = member; part < parts_; part += team) {
+        const Range rows = partition.rows(p_.shape, part), tiles = partition.tiles(tiles_, part);
+        const Range active = {rows.begin, std::min(rows.end, walk.rows)};
+        for (int64_t tile = tiles.begin; tile < tiles.end && active.begin < active.end; ++tile) {
+          multiply_panel<T, G>(h, Hp_, active, panels_ + tile * panel_size(), {0, grouped<O>(H_)},
+                               scratch, [&](int64_t row, int64_t count, const T* c) {
+                                 with_lanes<T>(H_ - tile * V::kLanes, [&](auto lanes) {
+                                   finish(walk, tile, lanes, row, count, c, h, h_next);
+                                 });
                                });
-                             });
+        }
       }
       if (partition.unit_parts > 1) barrier_.wait(team);
       std::swap(h, h_next);
@@ -188,6 +190,7 @@ class Forward {
 
   const SequenceForwardParams& p_;
   const int64_t B_, H_, Hp_, tiles_, weight_bytes_;
+  const int parts_;  // of the work, whatever the size of the team
   Carver carver_;
   O* panels_;                                // [tiles][H][G][lanes]
   T* bias_[2];                               // [G][Hp]: b_ih, b_hh
@@ -214,6 +217,7 @@ class Backward {
         H_(p.shape.hidden),
         Hp_(padded<T>(H_)),
         weight_bytes_(G * H_ * H_ * int64_t{sizeof(O)}),
+        parts_(useful_threads(p.shape, weight_bytes_, threads)),
         lead_(grouped<O>(G * H_) - G * H_),
         carver_(p.workspace) {
     panels_ = carver_.take<O>((lead_ + G * H_) * Hp_);
@@ -226,31 +230,34 @@ class Backward {
   int64_t workspace_bytes() const { return carver_.used(); }
   int64_t weight_bytes() const { return weight_bytes_; }
 
+  // The work is cut into parts by the number of threads asked for, not by the size of the team that
+  // came: the sums of the biases' gradients must not depend on what else the machine does.
   void run(int member, int team) {
-    const auto partition = Partition::make(p_.shape, weight_bytes_, team);
-    const Range rows = partition.rows(p_.shape, member);
-    const Range vectors = partition.tiles(Hp_ / V::kLanes, member);
-    // Both members of a pair must cut the vectors into the same panels.
-    for (int other = 0; other < partition.unit_parts; ++other) {
-      const Range mine = partition.tiles(Hp_ / V::kLanes, other);
-      const Range packed = partition.unit_parts > 1 ? (other == member ? mine : Range{0, 0}) : mine;
-      pack(packed, partition.unit_parts > 1 ? 0 : member, partition.unit_parts > 1 ? 1 : team);
+    const auto partition = Partition::make(p_.shape, weight_bytes_, parts_);
+    const auto vectors_of = [&](int part) { return partition.tiles(Hp_ / V::kLanes, part); };
+    if (partition.unit_parts > 1) {
+      for (int part = member; part < parts_; part += team) pack(vectors_of(part), 0, 1);
+    } else {
+      pack(vectors_of(0), member, team);
     }
     prepare(member, team);
     barrier_.wait(team);
 
-    T* scratch = scratch_ + member * scratch_size();
-    T* bias = bias_ + (partition.row_parts > 1 ? member : 0) * kGrads * Hp_;
     Walk walk(p_.shape, /*backward=*/true);
     for (bool more = true; more;) {
       more = walk.advance();
-      const Depth depth(lead_ + G * H_, rows.end - rows.begin, sizeof(O), depth_step<O>());
-      for (int64_t part = 0; part < depth.parts; ++part) {
-        for (int64_t v = vectors.begin; v < vectors.end; v += kVectors) {
-          T* sums = scratch + (v - vectors.begin) * V::kLanes * B_;
-          with_vectors(vectors.end - v, [&](auto count) {
-            step<count>(walk, v * V::kLanes, rows, depth.part(part), sums, bias);
-          });
+      for (int part = member; part < parts_; part += team) {
+        const Range rows = partition.rows(p_.shape, part), vectors = vectors_of(part);
+        T* scratch = scratch_ + part * scratch_size();
+        T* bias = bias_ + (partition.row_parts > 1 ? part : 0) * kGrads * Hp_;
+        const Depth depth(lead_ + G * H_, rows.end - rows.begin, sizeof(O), depth_step<O>());
+        for (int64_t d = 0; d < depth.parts; ++d) {
+          for (int64_t v = vectors.begin; v < vectors.end; v += kVectors) {
+            T* sums = scratch + (v - vectors.begin) * V::kLanes * B_;
+            with_vectors(vectors.end - v, [&](auto count) {
+              step<count>(walk, v * V::kLanes, rows, depth.part(d), sums, bias);
+            });
+          }
         }
       }
       if (partition.unit_parts > 1 || !more) barrier_.wait(team);
@@ -285,7 +292,9 @@ class Backward {
         copy_run(from, from ? H_ : 0, Hp_, Mask{}, 0, carry_[k] + row * Hp_);
       }
     }
-    std::fill_n(bias_ + member * kGrads * Hp_, kGrads * Hp_, T(0));
+    for (int part = member; part < parts_; part += team) {
+      std::fill_n(bias_ + part * kGrads * Hp_, kGrads * Hp_, T(0));
+    }
   }
 
   // Rows that the step before (in time's reverse) computed gates for get W_hh^T dgates; of these,
@@ -380,6 +389,7 @@ class Backward {
 
   const SequenceBackwardParams& p_;
   const int64_t B_, H_, Hp_, weight_bytes_;
+  const int parts_;
   const int64_t lead_;  // rows of zeros that fill the panels up to whole groups
   Carver carver_;
   O* panels_;                // for each panel [lead + G*H][vectors][lanes]

@@ -30,6 +30,7 @@ struct Piece {
   size_t bytes;
   Piece *before = nullptr, *after = nullptr;
   bool free = false;
+  bool cold = false;  // free, and the system has its pages
 
   bool whole() const { return !before && !after; }
 };
@@ -64,6 +65,7 @@ class Store {
     Piece* piece = find(bytes);
     if (piece->bytes > bytes) {
       auto* rest = new Piece{piece->data + bytes, piece->bytes - bytes, piece, piece->after};
+      rest->cold = piece->cold;
       if (rest->after) rest->after->before = rest;
       piece->after = rest, piece->bytes = bytes;
       add(rest);
@@ -73,6 +75,7 @@ class Store {
 
   void give_back(Piece* piece) {
     const std::lock_guard lock(mutex_);
+    piece->cold = false;
     if (piece->after && piece->after->free) join(piece, piece->after);
     if (piece->before && piece->before->free) {
       Piece* before = piece->before;
@@ -93,7 +96,11 @@ class Store {
     const std::lock_guard lock(mutex_);
     release_whole();
     // Segments that are in use in part keep their addresses.
-    for (const auto& [bytes, data, piece] : free_) madvise(data, bytes, MADV_DONTNEED);
+    for (const auto& [bytes, data, piece] : free_) {
+      madvise(data, bytes, MADV_DONTNEED);
+      piece->cold = true;
+    }
+    held_ = 0;
   }
 
  private:
@@ -119,22 +126,25 @@ class Store {
     const size_t size = rounded(bytes, kHugePage);
     char* data = map_pages(size);
     if (data == nullptr) throw std::bad_alloc();
-    return new Piece{data, size};
+    auto* piece = new Piece{data, size};
+    piece->cold = true;
+    return piece;
   }
 
   void add(Piece* piece) {
     piece->free = true;
     free_.emplace(piece->bytes, piece->data, piece);
-    held_ += piece->bytes;
+    if (!piece->cold) held_ += piece->bytes;
   }
   void remove(Piece* piece) {
     piece->free = false;
     free_.erase({piece->bytes, piece->data, piece});
-    held_ -= piece->bytes;
+    if (!piece->cold) held_ -= piece->bytes;
   }
   // `first` becomes both. Only the second may be among the free ones.
   void join(Piece* first, Piece* second) {
     if (second->free) remove(second);
+    first->cold = first->cold && second->cold;
     first->bytes += second->bytes;
     first->after = second->after;
     if (first->after) first->after->before = first;

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include "../cpu/kernels.h"
+#include "../cpu/team.h"
 #include "inputs.h"
 #include "matrix_unit.h"
 #include "ops.h"
@@ -60,6 +61,7 @@ struct CpuInputs : Inputs {
   int threads;
   const cpu::Kernels& kernels;
   const cpu::CellKernels& cell;
+  FollowTeams follow_teams;  // after `threads`, which is to be what the user asked for
 };
 
 Tensor weight_mask_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::ScalarType dtype) {
