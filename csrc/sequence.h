@@ -24,6 +24,7 @@ struct SequenceShape {
   int64_t hidden;              // H >= 1
   const int64_t* batch_sizes;  // [T] on the host, B first, never growing; null: B at every step
   bool reverse;                // walk from the last step to the first
+  int64_t inputs = 0;          // I, where forward multiplies the input itself; else 0
 };
 
 struct WeightDropout {
@@ -34,8 +35,10 @@ struct WeightDropout {
 struct SequenceForwardParams {
   SequenceShape shape;
   WeightDropout dropout;
-  const void* x_gates;              // [N, G*H] compute: x W_ih^T
+  const void* x_gates;              // [N, G*H] compute: x W_ih^T; unless shape.inputs > 0, then ...
   int64_t x_gates_stride;           // elements from row to row, >= G*H
+  const void* x;                    // ... [N, I] storage,
+  const void* w_ih;                 // and [G*H, I] storage
   const void* w_hh;                 // [G*H, H] storage
   const void* b_ih;                 // [G*H] storage, or null
   const void* b_hh;                 // [G*H] storage, or null

@@ -18,6 +18,8 @@ struct Plan {
 // `threads` is an upper bound. Scratch memory comes from the caller: as many bytes as the
 // *_workspace function of the same table says, aligned to 64.
 struct CellKernels {
+  // Whether forward had better multiply the input itself, which shape.inputs then says.
+  bool (*fuses_input)(const SequenceShape&, int64_t inputs, int threads);
   int64_t (*forward_workspace)(const SequenceShape&, int threads);
   void (*forward)(const SequenceForwardParams&, int threads);
   int64_t (*backward_workspace)(const SequenceShape&, int threads);
@@ -27,8 +29,8 @@ struct CellKernels {
 };
 
 // c [m, n] = a [m, k] b [k, n], times the mask of a W_hh of c's size if there is one. Strides are
-// in elements; of a and b, rows or columns lie side by side, of c columns. Row i of a rotated b
-// (whose columns lie side by side) or c stands at (i + rotation) mod its number of rows.
+// in elements; of a and b, rows or columns lie side by side, of c columns; see c_turned. Row i of a
+// rotated b (whose columns lie side by side) or c stands at (i + rotation) mod its number of rows.
 struct ProductParams {
   int64_t m, n, k;
   const void* a;
@@ -37,6 +39,7 @@ struct ProductParams {
   int64_t b_row, b_column, b_rotation;
   void* c;
   int64_t c_row, c_rotation;
+  bool c_turned;  // it is c^T that is wanted: columns lie c_row apart
   WeightDropout dropout;
   void* workspace;
 };

@@ -297,9 +297,11 @@ class Product {
         multiply_panel<T, n, kLayout>(a, lda, {0, count}, panels_ + panel * kWidth * terms_,
                                       depth_.part(d), scratch + panel * kWidth * kRowBlock,
                                       [&](int64_t row, int64_t rows, const T* c) {
-                                        if (d + 1 == depth_.parts)
+                                        if (d + 1 == depth_.parts && !p_.c_turned)
                                           finish(first + row, rows, panel * kWidth, n, c);
                                       });
+        if (d + 1 == depth_.parts && p_.c_turned)
+          finish_turned(first, count, panel * kWidth, n, scratch + panel * kWidth * kRowBlock);
       });
     }
   }
@@ -364,6 +366,25 @@ class Product {
     }
   }
 
+  // All rows of a block at once, c[rows][vectors][lanes].
+  void finish_turned(int64_t first, int64_t rows, int64_t column, int vectors, const T* c) const {
+    Square<T> square;
+    for (int64_t n = 0; n < vectors * V::kLanes && column + n < p_.n; n += V::kLanes) {
+      const int64_t columns = std::min<int64_t>(V::kLanes, p_.n - column - n);
+      for (int64_t row = 0; row < rows; row += V::kLanes) {
+        const int64_t count = std::min<int64_t>(V::kLanes, rows - row);
+        for (int64_t i = 0; i < count; ++i) {
+          store(square.rows[i], load<T>(c + (row + i) * vectors * V::kLanes + n));
+        }
+        square.transpose();
+        for (int64_t j = 0; j < columns; ++j) {
+          store(at<C>(p_.c, (column + n + j) * p_.c_row + first + row), load<T>(square.rows[j]),
+                count);
+        }
+      }
+    }
+  }
+
   const ProductParams& p_;
   const bool direct_;  // a needs no packing
   const int64_t terms_;
@@ -378,6 +399,21 @@ class Product {
   MaskRule rule_;
   Barrier barrier_;
 };
+
+// c^T = b^T a^T, for few rows and a b that would have to be turned to be packed: its own rows are
+// read where they lie.
+inline ProductParams turned(const ProductParams& p) {
+  ProductParams t = p;
+  t.m = p.n, t.n = p.m;
+  t.a = p.b, t.a_row = p.b_column, t.a_column = p.b_row;
+  t.b = p.a, t.b_row = p.a_column, t.b_column = p.a_row;
+  t.c_turned = true;
+  return t;
+}
+inline bool better_turned(const ProductParams& p) {
+  return p.m <= 128 && p.m < p.n && p.a_column == 1 && p.b_row == 1 && p.b_column > 1 &&
+         !p.dropout.seed && p.c_rotation == 0;
+}
 
 // The same with so few rows that packing b does not pay: it is read once, where it lies.
 template <class T, class A, class B, class C>

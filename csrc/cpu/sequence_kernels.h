@@ -27,13 +27,15 @@ namespace lstmx::LSTMX_ISA {
 
 // ---- Time and work ------------------------------------------------------------------------------
 
+constexpr int64_t kSecondLevelBytes = int64_t{1} << 20;  // of a core
+
 // Which rows and which unit tiles a member of the team works on. By rows there is no barrier, but
 // every core reads all weights; by units each core keeps its share of the weights in its own cache.
 struct Partition {
   int row_parts, unit_parts;
 
   static Partition make(const SequenceShape& shape, int64_t weight_bytes, int team) {
-    const bool by_rows = weight_bytes <= (int64_t{1} << 20) && shape.batch >= 4 * team;
+    const bool by_rows = weight_bytes <= kSecondLevelBytes * 3 / 4 && shape.batch >= 4 * team;
     return by_rows ? Partition{team, 1} : Partition{1, team};
   }
   Range rows(const SequenceShape& shape, int member) const {
@@ -63,38 +65,65 @@ class Forward {
         B_(p.shape.batch),
         H_(p.shape.hidden),
         Hp_(padded<T>(H_)),
+        I_(p.shape.inputs),
         tiles_(Hp_ / V::kLanes),
         weight_bytes_(G * H_ * H_ * int64_t{sizeof(O)}),
         parts_(useful_threads(p.shape, weight_bytes_, threads)),
         carver_(p.workspace) {
-    panels_ = carver_.take<O>(tiles_ * panel_size());
+    panels_ = carver_.take<O>(tiles_ * panel_size(H_));
+    input_panels_ = carver_.take<O>(tiles_ * panel_size(I_));
     for (auto& bias : bias_) bias = carver_.take<T>(G * Hp_);
     for (auto& h : h_) h = carver_.take<O>(B_ * Hp_);
     for (auto& state : state_) state = carver_.take<T>(B_ * Hp_);
-    scratch_ = carver_.take<T>(threads * scratch_size());
+    scratch_ = carver_.take<T>(2 * threads * scratch_size());
     if (p.workspace) mask_ = Mask::make(p.dropout);
   }
 
   int64_t workspace_bytes() const { return carver_.used(); }
   int64_t weight_bytes() const { return weight_bytes_; }
 
+  // x's gates need not pass through memory if each step multiplies its own x. That reads W_ih at
+  // each step: it must stay in the second-level cache with W_hh, or meet enough rows to hide it.
+  static bool fuses_input(const SequenceShape& shape, int64_t inputs, int threads) {
+    if (!std::is_same_v<Storage, O> || inputs == 0 || inputs % kGroup<O> != 0) return false;
+    const int64_t weight_bytes = G * shape.hidden * shape.hidden * int64_t{sizeof(O)};
+    const int64_t panels = weight_bytes / shape.hidden * (shape.hidden + inputs);
+    const auto partition =
+        Partition::make(shape, panels, useful_threads(shape, weight_bytes, threads));
+    return panels / partition.unit_parts <= kSecondLevelBytes * 3 / 4 ||
+           shape.batch / partition.row_parts >= 32;
+  }
+
   void run(int member, int team) {
-    const auto partition = Partition::make(p_.shape, weight_bytes_, parts_);
+    const auto partition = Partition::make(p_.shape, weight_bytes_ / H_ * (H_ + I_), parts_);
     prepare(member, team);
     barrier_.wait(team);
 
     O *h = h_[0], *h_next = h_[1];
-    T* scratch = scratch_ + member * scratch_size();
+    T* scratch = scratch_ + 2 * member * scratch_size();
+    T* input_scratch = scratch + scratch_size();
     Walk walk(p_.shape, /*backward=*/false);
     while (walk.advance()) {
       for (int part = member; part < parts_; part += team) {
-        const Range rows = partition.rows(p_.shape, part), tiles = partition.tiles(tiles_, part);
-        const Range active = {rows.begin, std::min(rows.end, walk.rows)};
-        for (int64_t tile = tiles.begin; tile < tiles.end && active.begin < active.end; ++tile) {
-          multiply_panel<T, G>(h, Hp_, active, panels_ + tile * panel_size(), {0, grouped<O>(H_)},
+        // By units, a tile on the border of two parts is cut by its rows.
+        const Range work = partition.tiles(tiles_ * B_, part),
+                    rows = partition.rows(p_.shape, part);
+        for (int64_t tile = work.begin / std::max<int64_t>(1, B_); tile * B_ < work.end; ++tile) {
+          const Range active = {
+              std::max(rows.begin, work.begin - tile * B_),
+              std::min({rows.end, walk.rows, work.end - tile * B_}),
+          };
+          if (active.begin >= active.end) continue;
+          if (I_ > 0) {
+            multiply_panel<T, G>(at<O>(p_.x, walk.offset * I_), I_, active,
+                                 input_panels_ + tile * panel_size(I_), {0, I_}, input_scratch,
+                                 [](int64_t, int64_t, const T*) {});
+          }
+          multiply_panel<T, G>(h, Hp_, active, panels_ + tile * panel_size(H_), {0, grouped<O>(H_)},
                                scratch, [&](int64_t row, int64_t count, const T* c) {
+                                 const T* cx = input_scratch + (c - scratch);
                                  with_lanes<T>(H_ - tile * V::kLanes, [&](auto lanes) {
-                                   finish(walk, tile, lanes, row, count, c, h, h_next);
+                                   finish(walk, tile, lanes, row, count, c, cx, h, h_next);
                                  });
                                });
         }
@@ -106,12 +135,15 @@ class Forward {
   }
 
  private:
-  int64_t panel_size() const { return grouped<O>(H_) * G * V::kLanes; }
+  int64_t panel_size(int64_t depth) const { return grouped<O>(depth) * G * V::kLanes; }
   int64_t scratch_size() const { return B_ * G * V::kLanes; }
 
   void prepare(int member, int team) {
     const Range tiles = share(tiles_, member, team);
-    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) pack(tile);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      pack(tile, p_.w_hh, H_, mask_, panels_);
+      if (I_ > 0) pack(tile, p_.w_ih, I_, Mask{}, input_panels_);
+    }
     const Range rows = share(B_, member, team);
     const auto widen_initial = [&](int k, auto* to) {
       widen_rows(at<Storage>(p_.initial[k], rows.begin * H_), rows.end - rows.begin,
@@ -135,21 +167,22 @@ class Forward {
     }
   }
 
-  // panel[k][g][lane] = W_hh[g * H + unit][k], masked.
-  void pack(int64_t tile) const {
-    O* panel = panels_ + tile * panel_size();
+  // panel[k][g][lane] = w[g * H + unit][k], masked; w is [G*H, depth].
+  void pack(int64_t tile, const void* w, int64_t depth, const Mask& mask, O* panels) const {
+    O* panel = panels + tile * panel_size(depth);
     const int64_t unit = tile * V::kLanes;
     for (int g = 0; g < G; ++g) {
-      const int64_t element = (g * H_ + unit) * H_;
-      pack_turned(at<Storage>(p_.w_hh, element), H_, H_ - unit, H_, mask_, element, G * V::kLanes,
+      const int64_t element = (g * H_ + unit) * depth;
+      pack_turned(at<Storage>(w, element), depth, H_ - unit, depth, mask, element, G * V::kLanes,
                   panel + g * V::kLanes * kGroup<O>);
     }
   }
 
+  // c and cx are what h and x give.
   template <class Lanes>
   LSTMX_INLINE void finish(const Walk& walk, int64_t tile, Lanes lanes, int64_t first,
-                           int64_t count, const T* c, const O* h, O* h_next) const {
-    const int64_t unit = tile * V::kLanes;
+                           int64_t count, const T* c, const T* cx, const O* h, O* h_next) const {
+    const int64_t unit = tile * V::kLanes, gate_stride = I_ > 0 ? V::kLanes : H_;
     const V scale(static_cast<T>(mask_.scale));
     V bias_ih[G], bias_hh[G];
     for (int g = 0; g < G; ++g) {
@@ -158,10 +191,11 @@ class Forward {
     }
     for (int64_t row = first; row < first + count; ++row, c += G * V::kLanes) {
       const int64_t position = (walk.offset + row) * H_ + unit, inner = row * Hp_ + unit;
-      const T* x_gates = at<T>(p_.x_gates, (walk.offset + row) * p_.x_gates_stride + unit);
+      const T* x_gates = I_ > 0 ? cx + (row - first) * G * V::kLanes
+                                : at<T>(p_.x_gates, (walk.offset + row) * p_.x_gates_stride + unit);
       V gates_x[G], gates_h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
       for (int g = 0; g < G; ++g) {
-        gates_x[g] = load<T>(x_gates + g * H_, lanes) + bias_ih[g];
+        gates_x[g] = load<T>(x_gates + g * gate_stride, lanes) + bias_ih[g];
         gates_h[g] = load<T>(c + g * V::kLanes) * scale + bias_hh[g];
       }
       prev[0] = load<T>(h + inner);
@@ -189,14 +223,15 @@ class Forward {
   }
 
   const SequenceForwardParams& p_;
-  const int64_t B_, H_, Hp_, tiles_, weight_bytes_;
+  const int64_t B_, H_, Hp_, I_, tiles_, weight_bytes_;
   const int parts_;  // of the work, whatever the size of the team
   Carver carver_;
   O* panels_;                                // [tiles][H][G][lanes]
+  O* input_panels_;                          // [tiles][I][G][lanes]
   T* bias_[2];                               // [G][Hp]: b_ih, b_hh
   O* h_[2];                                  // [B][Hp]: of this step and the next
   std::array<T*, Cell::kStates - 1> state_;  // [B][Hp]: the other states, which change in place
-  T* scratch_;                               // [threads][B][G][lanes]
+  T* scratch_;                               // [threads][2][B][G][lanes]: of h, of x
   Mask mask_;
   Barrier barrier_;
 };
@@ -471,7 +506,8 @@ template <class Cell, class T, class Storage, class O>
 constexpr cpu::CellKernels cell_kernels() {
   using F = Forward<Cell, T, Storage, O>;
   using B = Backward<Cell, T, Storage, O>;
-  return {workspace_of<F, SequenceForwardParams>,
+  return {F::fuses_input,
+          workspace_of<F, SequenceForwardParams>,
           run_pass<F, SequenceForwardParams>,
           workspace_of<B, SequenceBackwardParams>,
           run_pass<B, SequenceBackwardParams>,
@@ -488,22 +524,36 @@ constexpr cpu::CellKernels cell_kernels() {
           }};
 }
 
+// Calls body with the way to multiply that suits the sizes.
+template <class T, class O, class A, class B, class C, class Body>
+void with_product(const ProductParams& p, int threads, Body&& body) {
+  using Thin = ThinProduct<T, A, B, C>;
+  if (Thin::fits(p)) {
+    Thin pass(p);
+    return body(pass);
+  }
+  if constexpr (std::is_same_v<A, B>) {
+    if (better_turned(p)) {
+      const ProductParams t = turned(p);
+      Product<T, O, B, A, C> pass(t, threads);
+      return body(pass);
+    }
+  }
+  Product<T, O, A, B, C> pass(p, threads);
+  body(pass);
+}
+
 template <class T, class O, class A, class B, class C>
 constexpr cpu::ProductKernel product_kernel() {
-  using Thick = Product<T, O, A, B, C>;
-  using Thin = ThinProduct<T, A, B, C>;
   return {[](const ProductParams& p, int threads) {
-            return Thin::fits(p) ? Thin(p).workspace_bytes() : Thick(p, threads).workspace_bytes();
+            int64_t bytes = 0;
+            with_product<T, O, A, B, C>(p, threads,
+                                        [&](auto& pass) { bytes = pass.workspace_bytes(); });
+            return bytes;
           },
           [](const ProductParams& p, int threads) {
             const int team = p.m * p.n * p.k < 100000 ? 1 : threads;
-            if (Thin::fits(p)) {
-              Thin pass(p);
-              run(team, pass);
-            } else {
-              Thick pass(p, threads);
-              run(team, pass);
-            }
+            with_product<T, O, A, B, C>(p, threads, [&](auto& pass) { run(team, pass); });
           }};
 }
 

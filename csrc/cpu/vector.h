@@ -105,18 +105,18 @@ LSTMX_INLINE void store(Storage* p, Vec<T> v, int64_t count = Vec<T>::kLanes) {
   }
 }
 
-// 2^(factor x) = scale1 * scale2 * (1 + fraction), for |factor x| <= 150; two scales reach past
-// float's range at both ends, so that sigmoid's limits are exactly 0 and 1.
+// 2^(factor x) = scale * (1 + fraction), for -127 <= factor x <= 128.5. The scale is infinite from
+// 127.5 on and 0 from -126.5 down, so that sigmoid's limits are exactly 0 and 1.
 struct Exp2 {
-  Vec<float> fraction, scale1, scale2;
+  Vec<float> fraction, scale;
 };
 
 LSTMX_INLINE Exp2 exp2_parts(Vec<float> x, float factor) {
-  typedef int32_t Int __attribute__((vector_size(LSTMX_VECTOR_BYTES)));
   const auto magic = Vec<float>(0x1.8p23f);  // adding it rounds to an integer in the low bits
   const auto shifted = x * Vec<float>(factor) + magic;
-  const Int n = (Int)shifted.raw - (Int)magic.raw;
   const auto r = x * Vec<float>(factor) - (shifted - magic);
+  // The bits of the magic number itself are shifted out.
+  const RawWord scale = ((RawWord)shifted.raw << 23) + 0x3F800000u;
   // (2^r - 1) / r on [-1/2, 1/2], minimax in relative error (1.1e-8).
   auto p = Vec<float>(1.54035126187e-4f);
   p = p * r + Vec<float>(1.33907354754e-3f);
@@ -124,28 +124,34 @@ LSTMX_INLINE Exp2 exp2_parts(Vec<float> x, float factor) {
   p = p * r + Vec<float>(5.55035743365e-2f);
   p = p * r + Vec<float>(2.4022649795e-1f);
   p = p * r + Vec<float>(6.93147187927e-1f);
-  const Int half = n >> 1;
-  return {p * r, (Vec<float>::Raw)((half + 127) << 23), (Vec<float>::Raw)((n - half + 127) << 23)};
+  return {p * r, (RawFloat)scale};
 }
 
-// A NaN compares false both times and passes through.
-LSTMX_INLINE Vec<float> clamp(Vec<float> x, float bound) {
-  const auto high = Vec<float>(bound), low = Vec<float>(-bound);
-  x = x.raw > high.raw ? high.raw : x.raw;
-  return x.raw < low.raw ? low.raw : x.raw;
+// A NaN passes through: the instructions, too, return their last operand then.
+LSTMX_INLINE Vec<float> clamp(Vec<float> x, float least, float most) {
+  const auto low = Vec<float>(least), high = Vec<float>(most);
+#if LSTMX_VECTOR_BYTES == 64
+  // Gcc makes a comparison and a blend of each of the expressions below.
+  asm("vminps %1, %2, %0" : "=v"(x.raw) : "v"(x.raw), "v"(high.raw));
+  asm("vmaxps %1, %2, %0" : "=v"(x.raw) : "v"(x.raw), "v"(low.raw));
+  return x;
+#else
+  x = high.raw < x.raw ? high.raw : x.raw;
+  return low.raw > x.raw ? low.raw : x.raw;
+#endif
 }
 
 LSTMX_INLINE Vec<float> sigmoid(Vec<float> x) {
-  const auto e = exp2_parts(clamp(x, 103.0f), -1.44269504088896341f);
+  const auto e = exp2_parts(clamp(x, -89.0f, 88.0f), -1.44269504088896341f);
   const auto one = Vec<float>(1.0f);
-  return one / (one + (one + e.fraction) * e.scale1 * e.scale2);
+  return one / (one + (one + e.fraction) * e.scale);
 }
 
 // expm1(2x) / (expm1(2x) + 2), which keeps the relative accuracy of a small x.
 LSTMX_INLINE Vec<float> tanh(Vec<float> x) {
-  const auto e = exp2_parts(clamp(x, 10.0f), 2.88539008177792681f);
-  const auto one = Vec<float>(1.0f), scale = e.scale1 * e.scale2;
-  const auto expm1 = e.fraction * scale + (scale - one);
+  const auto e = exp2_parts(clamp(x, -10.0f, 10.0f), 2.88539008177792681f);
+  const auto one = Vec<float>(1.0f);
+  const auto expm1 = e.fraction * e.scale + (e.scale - one);
   return expm1 / (expm1 + Vec<float>(2.0f));
 }
 

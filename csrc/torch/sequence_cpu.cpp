@@ -20,8 +20,8 @@ struct CpuInputs : Inputs {
         kernels(cpu::kernels(dtype, multiply_in_pairs())),
         cell(kernels.cells[int(kind)]) {}
 
-  Tensor workspace(int64_t (*bytes)(const SequenceShape&, int)) const {
-    return empty_cached({bytes(shape, threads)}, x.options().dtype(at::kByte));
+  Tensor workspace(int64_t (*bytes)(const SequenceShape&, int), const SequenceShape& of) const {
+    return empty_cached({bytes(of, threads)}, x.options().dtype(at::kByte));
   }
   Tensor empty_dgates() const {
     return kernels.dgates_in_storage ? empty({N, grads * H}) : empty_compute({N, grads * H});
@@ -132,18 +132,24 @@ ForwardResult sequence_forward_cpu(const SequenceArgs& args, bool save_gates, bo
     return {y, last[0], last[1], c, saved};
   }
 
-  // x W_ih^T goes where the activated gates will be, if they are kept in the same dtype.
-  auto x_gates = save_gates && in.compute == in.x.scalar_type()
-                     ? saved.view({in.N, in.saved * in.H}).narrow(1, 0, in.G * in.H)
-                     : in.empty_compute({in.N, in.G * in.H});
-  in.product(in.kernels.gates, in.x_rows(), in.w_ih.t(), x_gates);
-
-  const auto workspace = in.workspace(in.cell.forward_workspace);
   SequenceForwardParams p{};
   p.shape = in.shape;
+  Tensor x_gates;
+  if (in.cell.fuses_input(in.shape, in.x.size(-1), in.threads)) {
+    p.shape.inputs = in.x.size(-1);
+    p.x = in.x.const_data_ptr();
+    p.w_ih = in.w_ih.const_data_ptr();
+  } else {
+    // x W_ih^T goes where the activated gates will be, if they are kept in the same dtype.
+    x_gates = save_gates && in.compute == in.x.scalar_type()
+                  ? saved.view({in.N, in.saved * in.H}).narrow(1, 0, in.G * in.H)
+                  : in.empty_compute({in.N, in.G * in.H});
+    in.product(in.kernels.gates, in.x_rows(), in.w_ih.t(), x_gates);
+    p.x_gates = x_gates.const_data_ptr();
+    p.x_gates_stride = x_gates.stride(0);
+  }
+  const auto workspace = in.workspace(in.cell.forward_workspace, p.shape);
   p.dropout = in.dropout;
-  p.x_gates = x_gates.const_data_ptr();
-  p.x_gates_stride = x_gates.stride(0);
   p.w_hh = in.w_hh.const_data_ptr();
   p.b_ih = data_or_null(in.b_ih);
   p.b_hh = data_or_null(in.b_hh);
@@ -172,7 +178,7 @@ BackwardResult sequence_backward_cpu(const SequenceArgs& args, const OutputGrads
   auto dgates = in.empty_dgates();
   auto dbias = in.empty_compute({in.grads * in.H});
   Tensor dinitial[kMaxStates];
-  const auto workspace = in.workspace(in.cell.backward_workspace);
+  const auto workspace = in.workspace(in.cell.backward_workspace, in.shape);
   SequenceBackwardParams p{};
   p.shape = in.shape;
   p.dropout = in.dropout;
