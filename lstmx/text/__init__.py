@@ -3,6 +3,18 @@
 Needs the packages of the extra ``text``: ``pip install lstmx[text]``.
 """
 
+from lstmx.text.awd_lstm import (
+    AWDLSTM,
+    PRESETS,
+    AWDLSTMConfig,
+    AWDLSTMLanguageModel,
+    fastai_classifier,
+    fastai_lm,
+    find_preset,
+    merity_ptb,
+    merity_wt2,
+)
+from lstmx.text.classifier import TextClassifier
 from lstmx.text.interchange import (
     load_awd_lstm_lm,
     load_fastai,
@@ -15,10 +27,20 @@ from lstmx.text.interchange import (
 )
 
 __all__ = [
+    "AWDLSTM",
+    "PRESETS",
+    "AWDLSTMConfig",
+    "AWDLSTMLanguageModel",
+    "TextClassifier",
+    "fastai_classifier",
+    "fastai_lm",
+    "find_preset",
     "load_awd_lstm_lm",
     "load_fastai",
     "load_fastai_encoder",
     "match_embeddings",
+    "merity_ptb",
+    "merity_wt2",
     "read_fastai_vocabulary",
     "save_awd_lstm_lm",
     "save_fastai",

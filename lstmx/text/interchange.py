@@ -11,13 +11,14 @@ import io
 import pickle
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lstmx.text.awd_lstm import AWDLSTM, AWDLSTMConfig, AWDLSTMLanguageModel
+from lstmx.text.awd_lstm import AWDLSTM, PROBABILITIES, AWDLSTMConfig, AWDLSTMLanguageModel
 
 StateDict = Mapping[str, Tensor]
 _LAYER = re.compile(r"rnns\.(\d+)\.(?:module\.)?((?:weight|bias)_(?:ih|hh)_l0(?:_reverse)?)(_raw)?")
@@ -63,7 +64,7 @@ def _encoder_config(state: StateDict, layers: list[dict[str, Tensor]]) -> AWDLST
     cells = {4 * units: "lstm", 3 * units: "gru"}
     if gates not in cells:
         raise ValueError(f"rnns.0's recurrent weight must be [4*H, H], got {[gates, units]}")
-    none = {f"{name}_p": 0.0 for name in ("embedding", "input", "weight", "hidden", "output")}
+    none: dict[str, Any] = dict.fromkeys(PROBABILITIES, 0.0)
     return AWDLSTMConfig(
         embedding=embedding,
         hidden=units * (2 if bidirectional else 1) if len(layers) > 1 else embedding,
@@ -102,8 +103,7 @@ def _build(state: StateDict, decoder: StateDict, config: AWDLSTMConfig | None) -
     sizes = _encoder_config(state, layers)
     if config is not None:
         # The sizes are the file's; the dropouts are the caller's.
-        names = ("embedding_p", "input_p", "weight_p", "hidden_p", "output_p")
-        sizes = AWDLSTMConfig(**{**vars(sizes), **{name: getattr(config, name) for name in names}})
+        sizes = replace(sizes, **{name: getattr(config, name) for name in PROBABILITIES})
     words = state["encoder.weight"].size(0)
     if "weight" not in decoder:
         raise ValueError(
@@ -170,13 +170,24 @@ def _encoder_names(encoder: AWDLSTM) -> dict[str, Tensor]:
     return named
 
 
+def _linear_decoder(model: AWDLSTMLanguageModel) -> nn.Linear:
+    """The decoder, or the error for one that has no row for each word."""
+    if not isinstance(model.decoder, nn.Linear):
+        raise ValueError("model must have a linear decoder, got one with an adaptive softmax")
+    return model.decoder
+
+
 def save_fastai(model: AWDLSTMLanguageModel) -> dict[str, Tensor]:
     """The state dict that fastai's language model of the same sizes loads with ``strict=True``.
 
     The inverse of :func:`load_fastai`. The tensors are the model's own, detached.
+
+    Raises:
+        ValueError: the model has an adaptive softmax, which fastai has not.
     """
+    decoder = _linear_decoder(model).state_dict()
     named = {f"0.{name}": tensor for name, tensor in _encoder_names(model.encoder).items()}
-    return named | {f"1.decoder.{k}": v for k, v in model.decoder.state_dict().items()}
+    return named | {f"1.decoder.{name}": tensor for name, tensor in decoder.items()}
 
 
 def save_fastai_encoder(encoder: AWDLSTM) -> dict[str, Tensor]:
@@ -197,13 +208,18 @@ def load_awd_lstm_lm(
 
 
 def save_awd_lstm_lm(model: AWDLSTMLanguageModel) -> dict[str, Tensor]:
-    """The state dict of awd-lstm-lm's ``RNNModel`` of the same sizes, with weight dropout."""
+    """The state dict of awd-lstm-lm's ``RNNModel`` of the same sizes, with weight dropout.
+
+    Raises:
+        ValueError: the model has an adaptive softmax (awd-lstm-lm's is another one).
+    """
+    decoder = _linear_decoder(model).state_dict()
     named = {"encoder.weight": model.encoder.embedding.weight.detach()}
     for index in range(len(model.encoder.rnns)):
         for name, tensor in model.encoder.rnns[index].state_dict().items():
             raw = "_raw" if name == "weight_hh_l0" else ""
             named[f"rnns.{index}.module.{name}{raw}"] = tensor
-    return named | {f"decoder.{k}": v for k, v in model.decoder.state_dict().items()}
+    return named | {f"decoder.{name}": tensor for name, tensor in decoder.items()}
 
 
 # ---- Vocabularies --------------------------------------------------------------------------------
@@ -274,7 +290,8 @@ def match_embeddings(
         new: the words that it is to have, by id.
 
     Raises:
-        ValueError: ``old`` has another number of words than the model, or ``new`` has none.
+        ValueError: ``old`` has another number of words than the model, or ``new`` has none; the
+            model has an adaptive softmax, whose clusters are those of the old words' frequencies.
     """
     encoder = model.encoder if isinstance(model, AWDLSTMLanguageModel) else model
     if len(old) != encoder.embedding.num_embeddings:
@@ -291,12 +308,15 @@ def match_embeddings(
         picked[known < 0] = rows.detach().mean(0)
         return nn.Parameter(picked, requires_grad=rows.requires_grad)
 
-    tied = isinstance(model, AWDLSTMLanguageModel) and model.tied
+    if isinstance(model, AWDLSTMLanguageModel):
+        decoder, tied = _linear_decoder(model), model.tied
     encoder.embedding.weight = carried(encoder.embedding.weight)
     encoder.embedding.num_embeddings = len(new)
+    if encoder.embedding.padding_idx is not None:
+        padding = old[encoder.embedding.padding_idx]
+        encoder.embedding.padding_idx = new.index(padding) if padding in new else None
     if isinstance(model, AWDLSTMLanguageModel):
-        own = encoder.embedding.weight if tied else carried(model.decoder.weight)
-        model.decoder.weight = own
-        if model.decoder.bias is not None:
-            model.decoder.bias = carried(model.decoder.bias)
-        model.decoder.out_features = len(new)
+        decoder.weight = encoder.embedding.weight if tied else carried(decoder.weight)
+        if decoder.bias is not None:
+            decoder.bias = carried(decoder.bias)
+        decoder.out_features = len(new)

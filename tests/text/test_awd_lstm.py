@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from lstmx.text.awd_lstm import AWDLSTM, FASTAI, MERITY, AWDLSTMConfig, AWDLSTMLanguageModel
+from lstmx.text.awd_lstm import (
+    AWDLSTM,
+    AWDLSTMConfig,
+    AWDLSTMLanguageModel,
+    fastai_lm,
+    merity_ptb,
+)
 
 SMALL = AWDLSTMConfig(embedding=6, hidden=10, layers=3)
 NO_DROPOUT = SMALL.scaled(0)
@@ -20,7 +26,7 @@ def test_sizes():
     assert logits.shape == (4, 7, 20)
     assert raw.shape == dropped.shape == (4, 7, 6)
     assert model.decoder.weight is model.encoder.embedding.weight
-    assert (FASTAI.hidden, MERITY.hidden) == (1152, 1150)
+    assert (fastai_lm.hidden, merity_ptb.hidden) == (1152, 1150)
 
 
 def test_one_layer():
@@ -42,11 +48,11 @@ def test_state_goes_on_and_follows_the_batch():
 
 
 def test_drop_mult():
-    scaled = FASTAI.scaled(0.5)
+    scaled = fastai_lm.scaled(0.5)
     assert scaled.weight_p == 0.1
-    assert scaled.hidden == FASTAI.hidden
+    assert scaled.hidden == fastai_lm.hidden
     with pytest.raises(ValueError, match="probability"):
-        AWDLSTM(20, FASTAI.scaled(10))
+        AWDLSTM(20, fastai_lm.scaled(10))
 
 
 @pytest.mark.parametrize("name", ["embedding_p", "input_p", "weight_p", "hidden_p", "output_p"])

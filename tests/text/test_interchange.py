@@ -311,7 +311,7 @@ def test_other_encoders_keep_their_state(options):
 def test_config_errors():
     with pytest.raises(ValueError, match="cell must be 'lstm' or 'gru', got 'rnn'"):
         AWDLSTMConfig(cell="rnn")
-    with pytest.raises(ValueError, match="even if bidirectional"):
+    with pytest.raises(ValueError, match="embedding must be even if bidirectional"):
         AWDLSTMConfig(embedding=5, bidirectional=True)
     with pytest.raises(ValueError, match="at least 1"):
         AWDLSTMConfig(layers=0)
