@@ -15,6 +15,7 @@ from lstmx.text.awd_lstm import (
     merity_wt2,
 )
 from lstmx.text.classifier import TextClassifier
+from lstmx.text.generation import generate
 from lstmx.text.interchange import (
     load_awd_lstm_lm,
     load_fastai,
@@ -25,19 +26,24 @@ from lstmx.text.interchange import (
     save_fastai,
     save_fastai_encoder,
 )
+from lstmx.text.storage import ModelFileError, SavedModel, load_model, save_model
 
 __all__ = [
     "AWDLSTM",
     "PRESETS",
     "AWDLSTMConfig",
     "AWDLSTMLanguageModel",
+    "ModelFileError",
+    "SavedModel",
     "TextClassifier",
     "fastai_classifier",
     "fastai_lm",
     "find_preset",
+    "generate",
     "load_awd_lstm_lm",
     "load_fastai",
     "load_fastai_encoder",
+    "load_model",
     "match_embeddings",
     "merity_ptb",
     "merity_wt2",
@@ -45,4 +51,5 @@ __all__ = [
     "save_awd_lstm_lm",
     "save_fastai",
     "save_fastai_encoder",
+    "save_model",
 ]
