@@ -21,8 +21,8 @@ from lstmx.text.models import Activations, StatefulModel
 # Of each layer: (h, c) of an LSTM, h of a GRU.
 State = tuple[Tensor, ...] | Tensor
 
-SIZES = ("embedding", "hidden", "layers")
-PROBABILITIES = ("embedding_p", "input_p", "weight_p", "hidden_p", "output_p")
+_SIZES = ("embedding", "hidden", "layers", "output")
+_PROBABILITIES = ("embedding_p", "input_p", "weight_p", "hidden_p", "output_p")
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class AWDLSTMConfig:
     """Sizes and dropouts.
 
     Attributes:
-        embedding: size of an embedding, and of the last layer's output.
-        hidden: units of the other layers.
+        embedding: size of an embedding.
+        hidden: units of all layers but the last.
         layers: recurrent layers.
+        output: units of the last layer; by default ``embedding``, which a tied decoder needs.
         cell: "lstm" or "gru".
         bidirectional: read each layer in both directions; each has half of the layer's units.
         embedding_p: probability of dropping a word.
@@ -51,6 +52,7 @@ class AWDLSTMConfig:
     embedding: int = 400
     hidden: int = 1152
     layers: int = 3
+    output: int | None = None
     cell: str = "lstm"
     bidirectional: bool = False
     embedding_p: float = 0.02
@@ -64,20 +66,25 @@ class AWDLSTMConfig:
             raise ValueError(f"cell must be 'lstm' or 'gru', got {self.cell!r}")
         if not isinstance(self.bidirectional, bool):
             raise TypeError(f"bidirectional must be a bool, got {self.bidirectional!r}")
-        for name in SIZES:
-            size = getattr(self, name)
+        for name in _SIZES:
+            size = self.output_size if name == "output" else getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int):
                 raise TypeError(f"{name} must be an int, got {size!r}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
             if self.bidirectional and name != "layers" and size % 2:
                 raise ValueError(f"{name} must be even if bidirectional, got {size}")
-        for name in PROBABILITIES:
+        for name in _PROBABILITIES:
             p = getattr(self, name)
             if isinstance(p, bool) or not isinstance(p, (int, float)):
                 raise TypeError(f"{name} must be a number, got {p!r}")
             if not 0 <= p <= 1:
                 raise ValueError(f"{name} must be a probability in [0, 1], got {p}")
+
+    @property
+    def output_size(self) -> int:
+        """Units of the last layer."""
+        return self.embedding if self.output is None else self.output
 
     def scaled(self, drop_mult: float) -> AWDLSTMConfig:
         """All dropouts times ``drop_mult``.
@@ -85,7 +92,11 @@ class AWDLSTMConfig:
         Raises:
             ValueError: one of them leaves [0, 1].
         """
-        return replace(self, **{name: getattr(self, name) * drop_mult for name in PROBABILITIES})
+        return replace(self, **{name: getattr(self, name) * drop_mult for name in _PROBABILITIES})
+
+    def with_dropouts(self, other: AWDLSTMConfig) -> AWDLSTMConfig:
+        """These sizes, with the probabilities of ``other``."""
+        return replace(self, **{name: getattr(other, name) for name in _PROBABILITIES})
 
 
 # fastai's for language models, and for classifiers, which drop more.
@@ -167,7 +178,7 @@ class AWDLSTM(StatefulModel):
         self.embedding_dropout = EmbeddingDropout(self.embedding, config.embedding_p)
         self.input_dropout = LockedDropout(config.input_p, batch_first=True)
         self.hidden_dropout = LockedDropout(config.hidden_p, batch_first=True)
-        sizes = [config.embedding, *[config.hidden] * (config.layers - 1), config.embedding]
+        sizes = [config.embedding, *[config.hidden] * (config.layers - 1), config.output_size]
         rnn_class: Any = lstmx.LSTM if config.cell == "lstm" else lstmx.GRU
         self.rnns = nn.ModuleList(
             rnn_class(
@@ -194,7 +205,7 @@ class AWDLSTM(StatefulModel):
                 must be left out: outputs there are 0, and the kept state is that of the end.
 
         Returns:
-            [B, T, embedding].
+            [B, T, output].
 
         Raises:
             ValueError: ``ids`` is not two-dimensional; what :class:`lstmx.LSTM` raises.
@@ -238,7 +249,8 @@ class AWDLSTMLanguageModel(StatefulModel):
 
     Raises:
         ValueError: ``vocabulary`` or ``padding_idx`` as for :class:`AWDLSTM`; ``cutoffs`` that do
-            not rise within the vocabulary, or together with ``tied``.
+            not rise within the vocabulary; ``tied`` with ``cutoffs``, or with another output size
+            than the embedding's.
     """
 
     def __init__(
@@ -254,7 +266,7 @@ class AWDLSTMLanguageModel(StatefulModel):
         super().__init__()
         self.encoder = AWDLSTM(vocabulary, config, padding_idx=padding_idx)
         self.output_dropout = LockedDropout(config.output_p, batch_first=True)
-        self.cutoffs = None if cutoffs is None else list(cutoffs)
+        self.bias, self.cutoffs = bias, None if cutoffs is None else list(cutoffs)
         self.decoder: nn.Linear | nn.AdaptiveLogSoftmaxWithLoss
         if self.cutoffs is not None:
             if tied:
@@ -265,12 +277,17 @@ class AWDLSTMLanguageModel(StatefulModel):
                     f"cutoffs must rise within 1 to {vocabulary - 1}, got {self.cutoffs}"
                 )
             self.decoder = nn.AdaptiveLogSoftmaxWithLoss(
-                config.embedding, vocabulary, self.cutoffs, head_bias=bias
+                config.output_size, vocabulary, self.cutoffs, head_bias=bias
             )
             return
-        self.decoder = nn.Linear(config.embedding, vocabulary, bias=bias)
+        self.decoder = nn.Linear(config.output_size, vocabulary, bias=bias)
         nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
         if tied:
+            if config.output_size != config.embedding:
+                raise ValueError(
+                    f"tied must be False with an output of {config.output_size} and an embedding "
+                    f"of {config.embedding}: there is no common size"
+                )
             self.decoder.weight = self.encoder.embedding.weight
         if bias:
             nn.init.zeros_(self.decoder.bias)
@@ -303,7 +320,7 @@ class AWDLSTMLanguageModel(StatefulModel):
         self.encoder.h = state
 
     def features(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids [B, T] to the encoder's output before and after dropout, [B, T, embedding] each.
+        """Ids [B, T] to the encoder's output before and after dropout, [B, T, output] each.
 
         The first is what TAR, the second what AR, :meth:`loss` and :meth:`decode` are for.
         """
@@ -311,7 +328,7 @@ class AWDLSTMLanguageModel(StatefulModel):
         return raw, self.output_dropout(raw)
 
     def decode(self, dropped: Tensor) -> Tensor:
-        """[..., embedding] to logits [..., V]; with ``cutoffs`` these are log-probabilities."""
+        """[..., output] to logits [..., V]; with ``cutoffs`` these are log-probabilities."""
         if isinstance(self.decoder, nn.Linear):
             return self.decoder(dropped)
         with torch.autocast(dropped.device.type, enabled=False):
@@ -322,7 +339,7 @@ class AWDLSTMLanguageModel(StatefulModel):
         """The mean cross-entropy in nats, of whichever decoder.
 
         Args:
-            dropped: [..., embedding], the second of :meth:`features`.
+            dropped: [..., output], the second of :meth:`features`.
             targets: int64 [...], the words that come next.
 
         Raises:

@@ -54,7 +54,7 @@ class TextClassifier(nn.Module):
             raise ValueError(
                 f"drops must have one value more than hidden, {len(hidden) + 1}, got {len(drops)}"
             )
-        sizes = [3 * encoder.config.embedding, *hidden, classes]
+        sizes = [3 * encoder.config.output_size, *hidden, classes]
         named = {"classes": classes, "bptt": bptt, "hidden": min(sizes), "max_length": max_length}
         for name, value in named.items():
             if value is not None and value < 1:

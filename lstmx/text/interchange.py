@@ -11,14 +11,13 @@ import io
 import pickle
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lstmx.text.awd_lstm import AWDLSTM, PROBABILITIES, AWDLSTMConfig, AWDLSTMLanguageModel
+from lstmx.text.awd_lstm import AWDLSTM, AWDLSTMConfig, AWDLSTMLanguageModel
 
 StateDict = Mapping[str, Tensor]
 _LAYER = re.compile(r"rnns\.(\d+)\.(?:module\.)?((?:weight|bias)_(?:ih|hh)_l0(?:_reverse)?)(_raw)?")
@@ -53,26 +52,30 @@ def _read_layers(state: StateDict) -> list[dict[str, Tensor]]:
     return [layers[index] for index in range(len(layers))]
 
 
-def _encoder_config(state: StateDict, layers: list[dict[str, Tensor]]) -> AWDLSTMConfig:
-    """All sizes, from the shapes; without dropout."""
+def _read_config(
+    state: StateDict, layers: list[dict[str, Tensor]], dropouts: AWDLSTMConfig | None
+) -> AWDLSTMConfig:
+    """All sizes, from the shapes; the probabilities of ``dropouts``, or else 0."""
     try:
         embedding = state["encoder.weight"].size(1)
         gates, units = layers[0]["weight_hh_l0"].shape
+        last_units = layers[-1]["weight_hh_l0"].size(1)
     except KeyError as error:
         raise ValueError(f"state_dict has no {error.args[0]!r}") from error
-    bidirectional = "weight_hh_l0_reverse" in layers[0]
+    directions = 2 if "weight_hh_l0_reverse" in layers[0] else 1
     cells = {4 * units: "lstm", 3 * units: "gru"}
     if gates not in cells:
         raise ValueError(f"rnns.0's recurrent weight must be [4*H, H], got {[gates, units]}")
-    none: dict[str, Any] = dict.fromkeys(PROBABILITIES, 0.0)
-    return AWDLSTMConfig(
+    output = last_units * directions
+    sizes = AWDLSTMConfig(
         embedding=embedding,
-        hidden=units * (2 if bidirectional else 1) if len(layers) > 1 else embedding,
+        hidden=units * directions if len(layers) > 1 else embedding,
         layers=len(layers),
+        output=None if output == embedding else output,
         cell=cells[gates],
-        bidirectional=bidirectional,
-        **none,
+        bidirectional=directions == 2,
     )
+    return sizes.scaled(0) if dropouts is None else sizes.with_dropouts(dropouts)
 
 
 def _fill_encoder(encoder: AWDLSTM, state: StateDict, layers: list[dict[str, Tensor]]) -> None:
@@ -98,25 +101,24 @@ def _strip(state: StateDict, prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def _build(state: StateDict, decoder: StateDict, config: AWDLSTMConfig | None) -> Any:
+def _build(
+    state: StateDict, decoder: StateDict, dropouts: AWDLSTMConfig | None
+) -> AWDLSTMLanguageModel:
     layers = _read_layers(state)
-    sizes = _encoder_config(state, layers)
-    if config is not None:
-        # The sizes are the file's; the dropouts are the caller's.
-        sizes = replace(sizes, **{name: getattr(config, name) for name in PROBABILITIES})
-    words = state["encoder.weight"].size(0)
+    config = _read_config(state, layers, dropouts)
+    embedding = state["encoder.weight"]
     if "weight" not in decoder:
         raise ValueError(
             "state_dict has no decoder weight; for an encoder use the encoder's loader"
         )
-    if decoder["weight"].shape != state["encoder.weight"].shape:
+    if decoder["weight"].shape != (len(embedding), config.output_size):
         raise ValueError(
-            f"the decoder's weight must have size {list(state['encoder.weight'].shape)}, "
+            f"the decoder's weight must have size {[len(embedding), config.output_size]}, "
             f"got {list(decoder['weight'].shape)}"
         )
-    tied = torch.equal(decoder["weight"], state["encoder.weight"])
-    model = AWDLSTMLanguageModel(words, sizes, tied=tied, bias="bias" in decoder)
-    model = model.to(state["encoder.weight"].dtype)
+    tied = torch.equal(decoder["weight"], embedding)
+    model = AWDLSTMLanguageModel(len(embedding), config, tied=tied, bias="bias" in decoder)
+    model = model.to(embedding.dtype)
     _fill_encoder(model.encoder, state, layers)
     model.decoder.load_state_dict(dict(decoder))
     return model.eval()
@@ -142,21 +144,20 @@ def load_fastai(
         ValueError: a tensor is absent, left over or of a size that does not fit.
     """
     state = _model_of(state_dict)
-    encoder = _strip(state, "0.")
-    encoder.pop("encoder_dp.emb.weight", None)  # the embedding once more
-    return _build(encoder, _strip(state, "1.decoder."), config)
+    return _build(_strip(state, "0."), _strip(state, "1.decoder."), config)
 
 
 def load_fastai_encoder(
     state_dict: Mapping[str, Any], config: AWDLSTMConfig | None = None
 ) -> AWDLSTM:
     """An encoder from a file of fastai's ``Learner.save_encoder``; see :func:`load_fastai`."""
-    state = dict(_model_of(state_dict))
-    state.pop("encoder_dp.emb.weight", None)
-    # A decoder that is not looked at makes it a language model.
-    if "encoder.weight" not in state:
-        raise ValueError("state_dict has no 'encoder.weight'")
-    return _build(state, {"weight": state["encoder.weight"]}, config).encoder
+    state = _model_of(state_dict)
+    layers = _read_layers(state)
+    config = _read_config(state, layers, config)
+    embedding = state["encoder.weight"]
+    encoder = AWDLSTM(len(embedding), config).to(embedding.dtype)
+    _fill_encoder(encoder, state, layers)
+    return encoder.eval()
 
 
 def _encoder_names(encoder: AWDLSTM) -> dict[str, Tensor]:

@@ -64,8 +64,7 @@ def _description(model: Model) -> dict[str, Any]:
         "padding_idx": encoder.embedding.padding_idx,
     }
     if isinstance(model, AWDLSTMLanguageModel):
-        head: Any = model.decoder if model.cutoffs is None else model.decoder.head
-        options = {"tied": model.tied, "bias": head.bias is not None, "cutoffs": model.cutoffs}
+        options = {name: getattr(model, name) for name in ("tied", "bias", "cutoffs")}
         return {"kind": "language-model", **described, "options": options}
     if isinstance(model, TextClassifier):
         names = ("classes", "hidden", "drops", "bptt", "max_length")
