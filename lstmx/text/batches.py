@@ -195,8 +195,11 @@ class StreamBatches(_Batches[tuple[int, int], tuple[Tensor, Tensor]]):
     def _make(self, plan: tuple[int, int]) -> tuple[Tensor, Tensor]:
         steps = slice(*plan)
         self.scale = (plan[1] - plan[0]) / self.bptt
-        inputs, targets = self._inputs[:, steps], self._targets[:, steps]
-        return inputs.to(torch.int64).contiguous(), targets.to(torch.int64).contiguous()
+        return _copy(self._inputs[:, steps]), _copy(self._targets[:, steps])
+
+
+def _copy(ids: Tensor) -> Tensor:
+    return ids.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
 
 
 class DocumentBatches(_Batches[list[int], tuple[Tensor, Tensor, Tensor]]):

@@ -473,7 +473,7 @@ def _rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
         for row in reader:
             yield row, f"{path}, line {reader.line_num}"
     except csv.Error as error:
-        raise CorpusError(f"{path}, line {reader.line_num}: no CSV: {error}") from error
+        raise CorpusError(f"{path}, line {reader.reader.line_num}: no CSV: {error}") from error
     finally:
         csv.field_size_limit(limit)
 

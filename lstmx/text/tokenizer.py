@@ -20,6 +20,8 @@ UNK, EOS, PAD = range(3)
 # A word with its inner apostrophes and hyphens, a number, a marker such as <unk>, or one mark of
 # punctuation.
 _RAW_WORD = r"<\w+>|\w+(?:['’-]\w+|[.,]\d+)*|[^\w\s]"
+# The spaces that decoding leaves out again: after an opening mark, ahead of a closing one.
+_NO_SPACE = re.compile(r"(?<=[(\[]) | (?=[.,:;!?)\]](?:\s|$))")
 _NO_LIMIT = 2**31 - 1
 _BPE_SIZE = 30_000  # the library's own default
 _BYTES = 256
@@ -39,8 +41,8 @@ class Tokenizer:
 
     - ``"word"``: split at white space. For texts that are split already, such as the Penn Treebank
       and WikiText, whose ``<unk>`` is ours; perplexities compare with the papers'.
-    - ``"raw-word"``: words and punctuation apart, for text as people write it. Decoding puts a
-      space between any two words and none before a closing mark of punctuation.
+    - ``"raw-word"``: words and punctuation apart, for text as people write it. Decoding puts
+      spaces where English has them.
     - ``"bpe"``: byte-pair encoding of UTF-8 (Sennrich et al. 2016; Radford et al. 2019). There is
       no unknown word, and decoding gives the text back exactly. A special token that is spelled out
       in a text is encoded as the letters it has.
@@ -172,7 +174,7 @@ class Tokenizer:
             raise ValueError(f"ids must be in 0..{len(self) - 1}, got {wrong}")
         lines = self._inner.decode_batch(list(_cut(ids)), skip_special_tokens=False)
         text = "\n".join(lines)
-        return re.sub(r" (?=[.,:;!?)\]](?:\s|$))", "", text) if self.kind == "raw-word" else text
+        return _NO_SPACE.sub("", text) if self.kind == "raw-word" else text
 
     def to_json(self) -> str:
         """Everything, in the format of the library's own files."""
