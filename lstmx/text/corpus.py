@@ -326,8 +326,8 @@ def prepare(
         progress: called with the work done and the whole work, in the same unit.
 
     Raises:
-        CorpusError: a split is absent, empty, not UTF-8; ``folder`` is there already; ...
-        ValueError: a setting is out of range.
+        CorpusError: a split is absent, empty, not UTF-8; ``folder`` is there already; a setting is
+            out of range or leaves no word; ...
         OSError: a file cannot be read or written, such as for want of space.
     """
     folder = Path(folder)
@@ -363,7 +363,12 @@ def prepare(
             "max_size": max_size,
             "lowercase": lowercase,
         }
-        tokenizer = Tokenizer.train(read("train"), **settings)
+        try:
+            tokenizer = Tokenizer.train(read("train"), **settings)
+        except CorpusError:
+            raise
+        except ValueError as error:  # no word is frequent enough, or a setting is out of range
+            raise CorpusError(f"{texts.names['train']}: {error}") from error
 
     dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -111,12 +111,8 @@ class Tokenizer:
             raise ValueError(f"max_size must be at least {least} for {kind!r}, got {max_size}")
 
         lines = (line for text in texts for line in text.split("\n"))
-        inner = tokenizers.Tokenizer(models.BPE() if kind == "bpe" else models.WordLevel())
-        if lowercase:
-            inner.normalizer = normalizers.Lowercase()
+        inner = _splitter(kind, lowercase)
         if kind == "bpe":
-            inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            inner.decoder = decoders.ByteLevel()
             byte_pairs = trainers.BpeTrainer(
                 vocab_size=max_size or _BPE_SIZE,
                 min_frequency=min_count,
@@ -126,12 +122,6 @@ class Tokenizer:
             )
             inner.train_from_iterator(lines, byte_pairs)
             return cls.from_json(_without_added_tokens(inner))
-
-        inner.pre_tokenizer = (
-            pre_tokenizers.WhitespaceSplit()
-            if kind == "word"
-            else pre_tokenizers.Split(Regex(_RAW_WORD), "removed", invert=True)
-        )
         counter = trainers.WordLevelTrainer(
             vocab_size=_NO_LIMIT, min_frequency=min_count, special_tokens=[], show_progress=False
         )
@@ -142,7 +132,31 @@ class Tokenizer:
         words = [*SPECIALS, *islice(frequent, max_size and max_size - len(SPECIALS))]
         if len(words) == len(SPECIALS):
             raise ValueError(f"texts must have a word that occurs {min_count} times, got none")
-        inner.model = models.WordLevel({word: i for i, word in enumerate(words)}, SPECIALS[UNK])
+        return cls.from_words(words, kind=kind, lowercase=lowercase)
+
+    @classmethod
+    def from_words(
+        cls, words: Sequence[str], *, kind: str = "word", lowercase: bool = False
+    ) -> Tokenizer:
+        """A tokenizer of a vocabulary that is there already.
+
+        Args:
+            words: by id, the special tokens first.
+            kind: ``"word"`` or ``"raw-word"``.
+            lowercase: whether capitals count as small letters.
+
+        Raises:
+            ValueError: ``kind`` is another; a word is there twice; the special tokens are not the
+                first.
+        """
+        if kind not in ("word", "raw-word"):
+            raise ValueError(f"kind must be word or raw-word, got {kind!r}")
+        ids = {word: i for i, word in enumerate(words)}
+        for i, word in enumerate(words):
+            if ids[word] != i:
+                raise ValueError(f"words must differ, got {word!r} twice")
+        inner = _splitter(kind, lowercase)
+        inner.model = models.WordLevel(ids, SPECIALS[UNK])
         return cls(inner)
 
     def encode(self, text: str) -> list[int]:
@@ -221,6 +235,21 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer(kind={self.kind!r}, words={len(self)})"
+
+
+def _splitter(kind: str, lowercase: bool) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a kind, without words."""
+    inner = tokenizers.Tokenizer(models.BPE() if kind == "bpe" else models.WordLevel())
+    if lowercase:
+        inner.normalizer = normalizers.Lowercase()
+    if kind == "bpe":
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+    elif kind == "word":
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Split(Regex(_RAW_WORD), "removed", invert=True)
+    return inner
 
 
 def _without_added_tokens(inner: tokenizers.Tokenizer) -> str:

@@ -167,6 +167,20 @@ def test_other_sources_that_are_refused(tmp_path):
         prepare(folder, tmp_path / "corpus")
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"min_count": 10**6}, "train.txt: texts must have a word that occurs 1000000 times"),
+        ({"kind": "char"}, "train.txt: kind must be one of word, raw-word, bpe, got 'char'"),
+        ({"max_size": 2}, "train.txt: max_size must be at least 4 for 'word', got 2"),
+    ],
+)
+def test_settings_that_are_refused(settings, words, tmp_path):
+    with pytest.raises(CorpusError, match=words):
+        prepare(KJV, tmp_path / "corpus", **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_there_is_not_overwritten(tmp_path):
     (tmp_path / "empty").mkdir()
     prepare(KJV, tmp_path / "empty")

@@ -85,6 +85,20 @@ def test_vocabulary_is_by_count_then_alphabet():
     assert Tokenizer.train([text], max_size=5).words == [*SPECIALS, "d", "b"]
 
 
+@pytest.mark.parametrize("kind", ["word", "raw-word"])
+def test_a_vocabulary_that_is_there_already(kind):
+    trained = Tokenizer.train([TEXT], kind=kind, lowercase=True)
+    assert Tokenizer.from_words(trained.words, kind=kind, lowercase=True) == trained
+    for words, given, error in (
+        ([*SPECIALS, "a", "b", "a"], kind, "words must differ, got 'a' twice"),
+        (["a", *SPECIALS], kind, "first words must be <unk>, <eos>, <pad>, got a, <unk>, <eos>"),
+        ([], kind, "first words must be .*, got none"),
+        (SPECIALS, "bpe", "kind must be word or raw-word, got 'bpe'"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            Tokenizer.from_words(words, kind=given)
+
+
 def test_lowercase():
     tokenizer = Tokenizer.train(["The the THE cat"], lowercase=True)
     assert tokenizer.words[3:] == ["the", "cat"]
