@@ -115,14 +115,12 @@ class StreamBatches(_Batches[tuple[int, int], tuple[Tensor, Tensor]]):
         bptt: T, the number of steps of a batch. The last batch of an epoch may be shorter.
         random_length: draw T for each batch anew, with mean near ``bptt`` (0.95 of the time) or
             half of it, deviation 5, and at least 5 (Merity et al. 2017); the draws of an
-            epoch are stretched a little to cover it in a fixed number of batches.
+            epoch are stretched a little to cover it in a fixed number of batches. The learning rate
+            is to be multiplied by T / ``bptt``, as in the paper.
         seed: of the random lengths, together with the number of the epoch.
         rank: of this process: it takes the rows ``rank*B/world_size`` and following. All processes
             have the same T, and no row is ever cut between them.
         world_size: the number of processes.
-
-    Attributes:
-        scale: T / ``bptt`` of the last batch, by which the learning rate is to be multiplied.
 
     Raises:
         ValueError: an argument is out of range, or there are too few tokens for the rows.
@@ -159,7 +157,6 @@ class StreamBatches(_Batches[tuple[int, int], tuple[Tensor, Tensor]]):
                 f"ids must have more tokens than batch_size {batch_size}, got {len(ids)}"
             )
         self.bptt, self.random_length = bptt, random_length
-        self.scale = 1.0
         self._steps = (len(ids) - 1) // batch_size
         rows = batch_size // world_size
         begin, tokens = rank * rows * self._steps, rows * self._steps
@@ -194,7 +191,6 @@ class StreamBatches(_Batches[tuple[int, int], tuple[Tensor, Tensor]]):
 
     def _make(self, plan: tuple[int, int]) -> tuple[Tensor, Tensor]:
         steps = slice(*plan)
-        self.scale = (plan[1] - plan[0]) / self.bptt
         return _copy(self._inputs[:, steps]), _copy(self._targets[:, steps])
 
 
