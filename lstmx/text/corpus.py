@@ -181,7 +181,11 @@ def _dataset_source(name: str) -> _Source:
     def read(split: str) -> Iterator[tuple[str, int]]:
         lines: list[str] = []
         size = 0
-        for row in parts[split]:
+        for number, row in enumerate(parts[split]):
+            if not isinstance(row["text"], str):
+                raise CorpusError(
+                    f"{name}, {split}, row {number}: the text must be a string, got {row['text']!r}"
+                )
             line = row["text"].replace("\r\n", "\n")
             lines.append(line if line.endswith("\n") else line + "\n")
             size += len(line)
@@ -335,7 +339,7 @@ def prepare(
         raise CorpusError(f"{folder} is there already; delete it or choose another name")
     if Path(source).is_dir():
         texts = _folder_source(Path(source))
-    elif isinstance(source, Path):
+    elif isinstance(source, Path) or Path(source).exists():
         raise CorpusError(f"source must be a folder, got {source}")
     else:
         texts = _dataset_source(source)

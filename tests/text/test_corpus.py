@@ -162,6 +162,10 @@ def test_other_sources_that_are_refused(tmp_path):
     folder = write_texts(tmp_path / "source")
     with pytest.raises(CorpusError, match=r"source must be a folder, got .*train.txt"):
         prepare(folder / "train.txt", tmp_path / "corpus")
+    with pytest.raises(CorpusError, match=r"source must be a folder, got .*train.txt"):
+        prepare(str(folder / "train.txt"), tmp_path / "corpus")
+    with pytest.raises(CorpusError, match=r"source must be a folder, got .*none"):
+        prepare(folder / "none", tmp_path / "corpus")
     (folder / "ptb.train.txt").write_text("a\n")
     with pytest.raises(CorpusError, match=r"one file for train, got ptb.train.txt and train.txt"):
         prepare(folder, tmp_path / "corpus")
@@ -299,6 +303,10 @@ def test_data_sets_that_are_refused(hub, tmp_path):
         CorpusError, match=r"owner/none is no folder, .*no such data set on the hub"
     ):
         prepare("owner/none", tmp_path / "corpus")
+    hub.data["train"][7] = {"text": None}
+    with pytest.raises(CorpusError, match="owner/set, train, row 7: the text must be a string"):
+        prepare("owner/set", tmp_path / "corpus")
+    hub.data["train"][7] = {"text": "some words"}
     hub.data["test"].column_names = ("sentence",)
     with pytest.raises(CorpusError, match=r"must have a column text, got \('sentence',\)"):
         prepare("owner/set", tmp_path / "corpus")
