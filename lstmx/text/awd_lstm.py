@@ -332,8 +332,8 @@ class AWDLSTMLanguageModel(StatefulModel):
         if isinstance(self.decoder, nn.Linear):
             return self.decoder(dropped)
         with torch.autocast(dropped.device.type, enabled=False):
-            x = dropped.to(self.decoder.head.weight.dtype).flatten(0, -2)
-            return self.decoder.log_prob(x).view(*dropped.shape[:-1], -1)
+            x = dropped.to(self.decoder.head.weight.dtype)
+            return self.decoder.log_prob(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], -1)
 
     def loss(self, dropped: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy in nats, of whichever decoder.
@@ -353,8 +353,8 @@ class AWDLSTMLanguageModel(StatefulModel):
             return F.cross_entropy(self.decoder(dropped).flatten(0, -2), targets.flatten())
         # Autocast would add up what the clusters give in 16 bits.
         with torch.autocast(dropped.device.type, enabled=False):
-            x = dropped.to(self.decoder.head.weight.dtype).flatten(0, -2)
-            return self.decoder(x, targets.flatten()).loss
+            x = dropped.to(self.decoder.head.weight.dtype)
+            return self.decoder(x.reshape(-1, x.size(-1)), targets.flatten()).loss
 
     def activations(self, ids: Tensor) -> Activations:
         """Ids [B, T] to logits [B, T, V], and the activations for AR and TAR."""
