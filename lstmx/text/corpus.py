@@ -86,9 +86,8 @@ def _blocks(path: Path) -> Iterator[tuple[str, int]]:
             if block:
                 yield _decode(block, path, offset, line).replace("\r\n", "\n"), len(block)
             offset, line = offset + len(block), line + block.count(b"\n")
-        if rest:
-            text = _decode(rest, path, offset, line).replace("\r\n", "\n")
-            yield (text if text.endswith("\n") else text + "\n"), len(rest)
+        if rest:  # a last line without an end
+            yield _decode(rest, path, offset, line) + "\n", len(rest)
 
 
 def _read_text(path: Path) -> str:
