@@ -33,6 +33,15 @@ def _model_of(state_dict: Mapping[str, Any]) -> StateDict:
     return state
 
 
+def _matrix(state: StateDict, name: str, where: str = "") -> Tensor:
+    """A weight from which sizes are read."""
+    if name not in state:
+        raise ValueError(f"state_dict has no {where + name!r}")
+    if state[name].dim() != 2:
+        raise ValueError(f"{where + name} must be a matrix, got size {list(state[name].shape)}")
+    return state[name]
+
+
 def _read_layers(state: StateDict) -> list[dict[str, Tensor]]:
     """The recurrent layers' weights, under torch's names."""
     layers: dict[int, dict[str, Tensor]] = {}
@@ -40,6 +49,9 @@ def _read_layers(state: StateDict) -> list[dict[str, Tensor]]:
     for name, tensor in state.items():
         found = _LAYER.fullmatch(name)
         if found is None:
+            # The embedding, and in fastai's names the same once more.
+            if name not in ("encoder.weight", "encoder_dp.emb.weight"):
+                raise ValueError(f"state_dict has an unexpected {name}")
             continue
         index, weight = int(found[1]), found[2]
         if found[3]:
@@ -56,17 +68,14 @@ def _read_config(
     state: StateDict, layers: list[dict[str, Tensor]], dropouts: AWDLSTMConfig | None
 ) -> AWDLSTMConfig:
     """All sizes, from the shapes; the probabilities of ``dropouts``, or else 0."""
-    try:
-        embedding = state["encoder.weight"].size(1)
-        gates, units = layers[0]["weight_hh_l0"].shape
-        last_units = layers[-1]["weight_hh_l0"].size(1)
-    except KeyError as error:
-        raise ValueError(f"state_dict has no {error.args[0]!r}") from error
+    embedding = _matrix(state, "encoder.weight").size(1)
+    recurrent = [_matrix(w, "weight_hh_l0", f"rnns.{i}.") for i, w in enumerate(layers)]
+    gates, units = recurrent[0].shape
     directions = 2 if "weight_hh_l0_reverse" in layers[0] else 1
     cells = {4 * units: "lstm", 3 * units: "gru"}
     if gates not in cells:
         raise ValueError(f"rnns.0's recurrent weight must be [4*H, H], got {[gates, units]}")
-    output = last_units * directions
+    output = recurrent[-1].size(1) * directions
     sizes = AWDLSTMConfig(
         embedding=embedding,
         hidden=units * directions if len(layers) > 1 else embedding,
@@ -78,23 +87,26 @@ def _read_config(
     return sizes.scaled(0) if dropouts is None else sizes.with_dropouts(dropouts)
 
 
-def _fill_encoder(encoder: AWDLSTM, state: StateDict, layers: list[dict[str, Tensor]]) -> None:
+def _fill(module: nn.Module, tensors: dict[str, Tensor], where: str = "") -> None:
     """Raises ValueError, naming it, for a weight that is absent, left over or of a wrong size."""
+    own = module.state_dict()
+    for name in own.keys() | tensors.keys():
+        if name not in tensors or name not in own:
+            word = "lacks" if name not in tensors else "has an unexpected"
+            raise ValueError(f"state_dict {word} {where}{name}")
+        size, got = list(own[name].shape), list(tensors[name].shape)
+        if size != got:
+            raise ValueError(f"{where}{name} must have size {size}, got {got}")
+    module.load_state_dict(tensors)
+
+
+def _fill_encoder(encoder: AWDLSTM, state: StateDict, layers: list[dict[str, Tensor]]) -> None:
     # Embedding dropout names the same matrix again.
     names = ("embedding.weight", "embedding_dropout.embedding.weight")
-    expected = dict.fromkeys(names, state["encoder.weight"])
+    tensors = dict.fromkeys(names, state["encoder.weight"])
     for index, layer in enumerate(layers):
-        expected |= {f"rnns.{index}.{name}": tensor for name, tensor in layer.items()}
-    own = encoder.state_dict()
-    for name in own.keys() | expected.keys():
-        if name not in expected or name not in own:
-            word = "lacks" if name not in expected else "has an unexpected"
-            raise ValueError(f"state_dict {word} {name}")
-        if own[name].shape != expected[name].shape:
-            raise ValueError(
-                f"{name} must have size {list(own[name].shape)}, got {list(expected[name].shape)}"
-            )
-    encoder.load_state_dict(expected)
+        tensors |= {f"rnns.{index}.{name}": tensor for name, tensor in layer.items()}
+    _fill(encoder, tensors)
 
 
 def _strip(state: StateDict, prefix: str) -> dict[str, Tensor]:
@@ -102,7 +114,7 @@ def _strip(state: StateDict, prefix: str) -> dict[str, Tensor]:
 
 
 def _build(
-    state: StateDict, decoder: StateDict, dropouts: AWDLSTMConfig | None
+    state: StateDict, decoder: dict[str, Tensor], dropouts: AWDLSTMConfig | None
 ) -> AWDLSTMLanguageModel:
     layers = _read_layers(state)
     config = _read_config(state, layers, dropouts)
@@ -111,16 +123,11 @@ def _build(
         raise ValueError(
             "state_dict has no decoder weight; for an encoder use the encoder's loader"
         )
-    if decoder["weight"].shape != (len(embedding), config.output_size):
-        raise ValueError(
-            f"the decoder's weight must have size {[len(embedding), config.output_size]}, "
-            f"got {list(decoder['weight'].shape)}"
-        )
     tied = torch.equal(decoder["weight"], embedding)
     model = AWDLSTMLanguageModel(len(embedding), config, tied=tied, bias="bias" in decoder)
     model = model.to(embedding.dtype)
     _fill_encoder(model.encoder, state, layers)
-    model.decoder.load_state_dict(dict(decoder))
+    _fill(model.decoder, decoder, "decoder.")
     return model.eval()
 
 
@@ -144,7 +151,12 @@ def load_fastai(
         ValueError: a tensor is absent, left over or of a size that does not fit.
     """
     state = _model_of(state_dict)
-    return _build(_strip(state, "0."), _strip(state, "1.decoder."), config)
+    known = ("0.", "1.decoder.")
+    unexpected = [name for name in state if not name.startswith(known)]
+    if unexpected:
+        raise ValueError(f"state_dict has an unexpected {unexpected[0]}")
+    encoder, decoder = (_strip(state, prefix) for prefix in known)
+    return _build(encoder, decoder, config)
 
 
 def load_fastai_encoder(
@@ -184,9 +196,13 @@ def save_fastai(model: AWDLSTMLanguageModel) -> dict[str, Tensor]:
     The inverse of :func:`load_fastai`. The tensors are the model's own, detached.
 
     Raises:
-        ValueError: the model has an adaptive softmax, which fastai has not.
+        ValueError: the model has an adaptive softmax, or another output size than its embedding's,
+            which fastai has not.
     """
     decoder = _linear_decoder(model).state_dict()
+    output, embedding = model.config.output_size, model.config.embedding
+    if output != embedding:
+        raise ValueError(f"the last layer must have the embedding's size {embedding}, got {output}")
     named = {f"0.{name}": tensor for name, tensor in _encoder_names(model.encoder).items()}
     return named | {f"1.decoder.{name}": tensor for name, tensor in decoder.items()}
 
@@ -205,7 +221,8 @@ def load_awd_lstm_lm(
     ``rnns.0.module.weight_hh_l0_raw`` (``rnns.0.weight_hh_l0`` without weight dropout), ...
     """
     state = _model_of(state_dict)
-    return _build(state, _strip(state, "decoder."), config)
+    encoder = {name: v for name, v in state.items() if not name.startswith("decoder.")}
+    return _build(encoder, _strip(state, "decoder."), config)
 
 
 def save_awd_lstm_lm(model: AWDLSTMLanguageModel) -> dict[str, Tensor]:
