@@ -187,7 +187,8 @@ class Training:
     """What language models and classifiers are trained with alike.
 
     Attributes:
-        weight_decay: decoupled in AdamW; not on the biases of Linear layers.
+        weight_decay: decoupled in AdamW, and not on the biases of Linear layers nor on batch norm;
+            None: 0.01, or awd-lstm-lm's 1.2e-6 with NT-ASGD.
         momentum: Adam's beta1 at the peak of the learning rate, and at both ends.
         alpha: factor of activation regularisation.
         beta: factor of temporal activation regularisation.
@@ -201,7 +202,7 @@ class Training:
         accelerator: Lightning's: "auto", "cpu" or "gpu".
     """
 
-    weight_decay: Factor = 0.01
+    weight_decay: Factor | None = None
     momentum: tuple[Probability, Probability] = (0.85, 0.95)
     alpha: Factor = 2.0
     beta: Factor = 1.0
@@ -223,7 +224,8 @@ class LanguageModelTraining(Training):
         epochs: passes over the training text.
         lr: of SGD, or the peak of AdamW's one cycle; of a batch of bptt steps, and of a shorter
             or longer one in proportion.
-        optimizer: "adamw", under one cycle, or "nt-asgd" (Merity et al. 2017).
+        optimizer: "adamw", under one cycle, or "nt-asgd" (Merity et al. 2017; they train with lr
+            30, clip 0.25 and random lengths).
         patience_of_averaging: NT-ASGD begins to average when validation is no better than it was
             more than so many epochs before.
     """

@@ -12,19 +12,17 @@ import hashlib
 import logging
 import math
 import os
-import pickle
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -33,6 +31,16 @@ from torch.nn import functional as F
 
 from lstmx.text.awd_lstm import AWDLSTM, AWDLSTMConfig, AWDLSTMLanguageModel
 from lstmx.text.batches import DocumentBatches, StreamBatches
+from lstmx.text.checkpoints import (
+    CHECKPOINT,
+    MODEL,
+    CheckpointError,
+    CheckpointFile,
+    EarlyStopping,
+    Keeper,
+    RunError,
+    StreamState,
+)
 from lstmx.text.classifier import TextClassifier
 from lstmx.text.config import (
     ClassifierConfig,
@@ -45,23 +53,12 @@ from lstmx.text.config import (
 from lstmx.text.corpus import Corpus, LabelledCorpus, LabelledSplit, read_labelled
 from lstmx.text.interchange import match_embeddings
 from lstmx.text.models import StatefulModel
-from lstmx.text.optimisers import NTASGD
-from lstmx.text.storage import load_model, save_model
+from lstmx.text.storage import load_model
 from lstmx.text.tokenizer import Tokenizer
-from lstmx.text.training import ClassifierTask, RunTask, StreamState, StreamTask
+from lstmx.text.training import ClassifierTask, RunTask, StreamTask
 
 CONFIG = "config.toml"
-MODEL = "model.safetensors"
-CHECKPOINT = "last.ckpt"
 LOG = "log"
-
-
-class RunError(RuntimeError):
-    """A run cannot begin, go on or be resumed; the message says why and what to do."""
-
-
-class CheckpointError(RunError):
-    """A checkpoint cannot be written or read; the one before is still there."""
 
 
 @dataclass(frozen=True)
@@ -103,119 +100,6 @@ class Result:
     best_epoch: int
     valid_loss: float
     epochs: int
-
-
-# ---- Checkpoints
-
-
-class _CheckpointFile(TorchCheckpointIO):
-    """Checkpoints that are written whole, read without executing anything, and fit the run.
-
-    Lightning's own go by a temporary directory, which may be on another file system.
-    """
-
-    def __init__(self, identity: dict[str, Any]) -> None:
-        self._identity = identity
-
-    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint | {"run": self._identity}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-            raise CheckpointError(
-                f"cannot write the checkpoint {path}: {error}; the one before it is kept. Make "
-                "room and resume"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"there is no checkpoint {path} to resume from") from error
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"the checkpoint {path} is damaged or not a checkpoint: {error}"
-            ) from error
-        if not isinstance(checkpoint, dict) or not {"run", "stream", "loops"} <= checkpoint.keys():
-            raise CheckpointError(f"the checkpoint {path} is not one of a run")
-        for name, value in self._identity.items():
-            if checkpoint["run"].get(name) != value:
-                raise CheckpointError(
-                    f"the checkpoint {path} is of a run with another {name}: "
-                    f"{checkpoint['run'].get(name)!r} there, {value!r} here"
-                )
-        return checkpoint
-
-
-class _Keeper(pl_callbacks.Checkpoint):
-    """Writes ``last.ckpt`` every so many steps and after every epoch, and the best model.
-
-    A callback of Lightning's kind Checkpoint runs after all others, early stopping among them.
-    """
-
-    def __init__(
-        self, folder: Path, every: int, tokenizer: Tokenizer, classes: list[str] | None
-    ) -> None:
-        self.folder, self.every = folder, every
-        self.tokenizer, self.classes = tokenizer, classes
-        self.best_loss, self.best_epoch = math.inf, -1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best_loss": self.best_loss, "best_epoch": self.best_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_loss, self.best_epoch = state_dict["best_loss"], state_dict["best_epoch"]
-
-    def _write(self, trainer: pl.Trainer) -> None:
-        for logger in trainer.loggers:
-            logger.save()
-        trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        # After the last batch of an epoch Lightning would resume without its validation.
-        if trainer.global_step % self.every == 0 and not trainer.is_last_batch:
-            self._write(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        loss = float(trainer.callback_metrics["valid_loss"])
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the validation loss is {loss} after epoch {trainer.current_epoch}: training "
-                "diverged. Lower train.lr or set train.clip"
-            )
-        if loss < self.best_loss:
-            self.best_loss, self.best_epoch = loss, trainer.current_epoch
-            if trainer.is_global_zero:
-                self._write_model(trainer, pl_module)
-        self._write(trainer)
-
-    def _write_model(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        optimizer = trainer.optimizers[0]
-        averaged = optimizer.averaged() if isinstance(optimizer, NTASGD) else nullcontext()
-        try:
-            with averaged:
-                save_model(
-                    pl_module.model, self.folder / MODEL, self.tokenizer, classes=self.classes
-                )
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write the model {self.folder / MODEL}: {error}; the one before it is "
-                "kept. Make room and resume"
-            ) from error
-
-
-class _EarlyStopping(pl_callbacks.EarlyStopping):
-    """Does not train on when a run is resumed that it had stopped."""
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
 
 
 # ---- Runs
@@ -317,10 +201,10 @@ def _run(
     if _rank() == 0 and not resume:
         write_config(config, folder / CONFIG)
     train = config.train
-    keeper = _Keeper(folder, train.checkpoint_every, tokenizer, classes)
+    keeper = Keeper(folder, train.checkpoint_every, tokenizer, classes)
     own: list[pl.Callback] = [StreamState(loaders[0]), *callbacks, keeper]
     if train.patience:
-        own.append(_EarlyStopping("valid_loss", patience=train.patience))
+        own.append(EarlyStopping("valid_loss", patience=train.patience))
     if progress:
         own.append(pl_callbacks.RichProgressBar())
     with _quiet_lightning():
@@ -329,12 +213,16 @@ def _run(
             max_epochs=sum(stage.epochs for stage in train.stages),
             logger=_loggers(folder, train.tensorboard),
             callbacks=own,
-            plugins=[_CheckpointFile(_identity(config, tokenizer))],
+            plugins=[CheckpointFile(_identity(config, tokenizer))],
             default_root_dir=folder,
             enable_progress_bar=progress,
         )
-        torch.manual_seed(train.seed + _rank())  # each process drops other units
-        trainer.fit(task, *loaders, ckpt_path=checkpoint if resume else None)
+        try:
+            trainer.fit(task, *loaders, ckpt_path=checkpoint if resume else None)
+        except OSError as error:
+            raise RunError(
+                f"{error}; {folder} still has what was written to it before: make room and resume"
+            ) from error
     return Result(
         folder, folder / MODEL, keeper.best_epoch, keeper.best_loss, trainer.current_epoch
     )
@@ -344,8 +232,7 @@ def _encoder_config(
     section: LanguageModelSizes | ClassifierSizes, like: AWDLSTMConfig
 ) -> AWDLSTMConfig:
     """The sizes of a model, and the dropouts of a section."""
-    sizes = ("embedding", "hidden", "layers", "cell", "bidirectional")
-    return replace(section.encoder, **{name: getattr(like, name) for name in sizes})
+    return like.with_dropouts(section.encoder)
 
 
 def _pretrained(path: str) -> tuple[AWDLSTMLanguageModel, Tokenizer]:
@@ -369,12 +256,11 @@ def _language_model(config: LanguageModelConfig, tokenizer: Tokenizer) -> AWDLST
             cutoffs=section.cutoffs or None,
         )
     old, words = _pretrained(section.pretrained)
-    linear: Any = old.decoder if old.cutoffs is None else old.decoder.head
     model = AWDLSTMLanguageModel(
         len(words),
         _encoder_config(section, old.config),
         tied=old.tied,
-        bias=linear.bias is not None,
+        bias=old.bias,
         cutoffs=old.cutoffs,
     )
     model.load_state_dict(old.state_dict())
@@ -714,8 +600,9 @@ def read_log(folder: Path) -> list[dict[str, float]]:
         raise RunError(f"{folder} has no log of a run in {LOG}/")
     rows: list[dict[str, float]] = []
     for path in paths:
-        with path.open(newline="") as file:
-            part = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        text = path.read_text()
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a killed run may leave half of one
+        part = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(lines)]
         if part:
             rows = [row for row in rows if row["step"] < part[0]["step"]] + part
     return rows

@@ -6,7 +6,7 @@ the AWD-LSTM; :mod:`lstmx.text.fit` puts them together with data, checkpoints an
 
 from __future__ import annotations
 
-import random
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -172,19 +170,21 @@ class RunTask(pl.LightningModule):
     def __init__(self, model: Any, settings: LanguageModelTraining | ClassifierTraining) -> None:
         super().__init__()
         self.model, self.settings = model, settings
-        self.valid_loss = MeanMetric()
+        # By default it leaves out what is NaN, and with "disable" the weights (torchmetrics 1.9).
+        self.valid_loss = MeanMetric(nan_strategy=math.nan)
         self._start_clock()
 
     def configure_optimizers(self) -> Any:
         """AdamW (Loshchilov & Hutter 2019) with one cycle for each stage, or NT-ASGD."""
-        settings = self.settings
+        settings, decay = self.settings, self.settings.weight_decay
         if isinstance(settings, LanguageModelTraining) and settings.optimizer == "nt-asgd":
             return NTASGD(
                 self.model.parameters(),
                 settings.lr,
-                weight_decay=settings.weight_decay,
+                weight_decay=1.2e-6 if decay is None else decay,
                 patience=settings.patience_of_averaging,
             )
+        decay = 0.01 if decay is None else decay
         # As fastai: no decay of the biases of Linear layers, nor of batch norm.
         free = {
             p
@@ -198,7 +198,7 @@ class RunTask(pl.LightningModule):
             decayed = [p for p in params if p not in free]
             others = [p for p in params if p in free]
             groups += [
-                {"params": decayed, "weight_decay": settings.weight_decay, "depth": depth},
+                {"params": decayed, "weight_decay": decay, "depth": depth},
                 {"params": others, "weight_decay": 0.0, "depth": depth},
             ]
         low, high = settings.momentum
@@ -343,56 +343,3 @@ class ClassifierTask(RunTask):
         self.log("accuracy", self.accuracy.compute(), prog_bar=True)
         self.accuracy.reset()
         super().on_validation_epoch_end()
-
-
-class StreamState(ModelResetter):
-    """What Lightning leaves out of a checkpoint, so that a run resumes exactly.
-
-    That is, of each process: the model's state in the stream, and the states of the random number
-    generators of Python and torch; and the position of the loader.
-
-    Args:
-        loader: has ``state_dict`` and ``load_state_dict``; the same for all processes.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        super().__init__()
-        self._loader = loader
-        self._random: dict[str, Any] = {}
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
-    ) -> None:
-        own = {"h": getattr(pl_module.model, "h", None), "python": random.getstate()}
-        own["torch"] = torch.get_rng_state()
-        own["cuda"] = torch.cuda.get_rng_state() if pl_module.device.type == "cuda" else None
-        states: list[Any] = [own]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            dist.all_gather_object(states, own)
-        checkpoint["stream"] = {"loader": self._loader.state_dict(), "processes": states}
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
-    ) -> None:
-        stream = checkpoint["stream"]
-        if len(stream["processes"]) != trainer.world_size:
-            raise ValueError(
-                f"the run was made by {len(stream['processes'])} processes and must be resumed by "
-                f"as many, got {trainer.world_size}"
-            )
-        self._loader.load_state_dict(stream["loader"])
-        self._random = stream["processes"][trainer.global_rank]
-        if self._random["h"] is not None:
-            pl_module.model.h = tree_map_only(
-                Tensor, lambda t: t.to(pl_module.device), self._random["h"]
-            )
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # As late as possible: what is set up after a checkpoint is loaded may draw numbers.
-        if self._random:
-            random.setstate(self._random["python"])
-            torch.set_rng_state(self._random["torch"])
-            if self._random["cuda"] is not None:
-                torch.cuda.set_rng_state(self._random["cuda"])
-            self._random = {}
