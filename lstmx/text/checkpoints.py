@@ -60,7 +60,8 @@ class StreamState(ModelResetter):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        own = {"h": getattr(pl_module.model, "h", None), "python": random.getstate()}
+        h = getattr(pl_module.model, "h", None)
+        own = {"h": tree_map_only(Tensor, Tensor.cpu, h), "python": random.getstate()}
         own["torch"] = torch.get_rng_state()
         own["cuda"] = torch.cuda.get_rng_state() if pl_module.device.type == "cuda" else None
         states: list[Any] = [own]
@@ -137,7 +138,12 @@ class CheckpointFile(TorchCheckpointIO):
             *(OSError, RuntimeError, EOFError, ValueError, NotImplementedError),
             *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
         ) as error:
-            raise CheckpointError(f"{path} is no checkpoint, or is damaged: {error}") from error
+            # torch's own words on the first, many lines of them, advise to execute the file.
+            unsafe = isinstance(error, pickle.UnpicklingError)
+            reason = "it has more than plain data" if unsafe else str(error)
+            raise CheckpointError(
+                f"{path} is no checkpoint, or is damaged: {reason}; train in another folder"
+            ) from error
         if not isinstance(checkpoint, dict) or not {"run", "stream", "loops"} <= checkpoint.keys():
             raise CheckpointError(f"the checkpoint {path} is not one of a run")
         for name, value in self._identity.items():
