@@ -20,10 +20,11 @@ class DroppedWeight(nn.Module):
         super().__init__()
         self.module, self.p = module, p
 
-    def forward(self, x: Tensor):
+    def forward(self, x: Tensor, states=None):
         weights = dict(self.module.named_parameters())
-        weights["weight_hh_l0"] = nn.functional.dropout(weights["weight_hh_l0"], self.p)
-        return torch.func.functional_call(self.module, weights, (x,))
+        dropped = nn.functional.dropout(weights["weight_hh_l0"], self.p, self.training)
+        weights["weight_hh_l0"] = dropped
+        return torch.func.functional_call(self.module, weights, (x, states))
 
 
 def make(provider: str, cell: str, I: int, H: int, p: float, dtype: torch.dtype) -> nn.Module:
