@@ -171,10 +171,12 @@ class AWDLSTM(StatefulModel):
         if padding_idx is not None and not 0 <= padding_idx < vocabulary:
             raise ValueError(f"padding_idx must be from 0 to {vocabulary - 1}, got {padding_idx}")
         self.config = config
-        self.embedding = nn.Embedding(vocabulary, config.embedding, padding_idx=padding_idx)
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        vectors = torch.empty(vocabulary, config.embedding).uniform_(-0.1, 0.1)
         if padding_idx is not None:
-            nn.init.zeros_(self.embedding.weight[padding_idx])
+            vectors[padding_idx] = 0
+        self.embedding = nn.Embedding.from_pretrained(
+            vectors, freeze=False, padding_idx=padding_idx
+        )
         self.embedding_dropout = EmbeddingDropout(self.embedding, config.embedding_p)
         self.input_dropout = LockedDropout(config.input_p, batch_first=True)
         self.hidden_dropout = LockedDropout(config.hidden_p, batch_first=True)
