@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +41,7 @@ from lstmx.text.regularisers import (
 from lstmx.text.storage import load_model
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
-console = Console()
+console = Console(width=110)
 
 # ---- The same model on torch.nn ------------------------------------------------------------------
 
@@ -177,16 +178,16 @@ class Step:
         loss.backward()
 
 
-def _interleaved(calls: dict[str, Callable[[], None]], count: int) -> dict[str, list[float]]:
+def _interleaved(calls: dict[Any, Callable[[], None]], count: int) -> dict[Any, list[float]]:
     """Seconds of each call, which take turns; the first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Any, list[float]] = {key: [] for key in calls}
     for turn in range(count + 1):
         # Each goes first every other time.
-        for name in sorted(calls, reverse=turn % 2 == 1):
+        for key in sorted(calls, reverse=turn % 2 == 1):
             start = time.perf_counter()
-            calls[name]()
+            calls[key]()
             if turn > 0:
-                times[name].append(time.perf_counter() - start)
+                times[key].append(time.perf_counter() - start)
     return times
 
 
@@ -219,27 +220,32 @@ def _measure_speed(
     x, y = next(iter(StreamBatches(corpus.split("train"), batch_size, bptt)))
     _same_output(models, x)
     step = {name: Step(model, precision) for name, model in models.items()}
-    whole = _interleaved({name: lambda s=s: s.whole(x, y) for name, s in step.items()}, steps)
-    few = max(2, steps // 2)
-    parts = {
-        "layers": _interleaved({n: lambda s=s: s.layers(x) for n, s in step.items()}, few),
-        "decoder": _interleaved({n: lambda s=s: s.decoder(x, y) for n, s in step.items()}, few),
-        "optimiser": _interleaved({n: lambda s=s: s.optimise() for n, s in step.items()}, few),
-    }
-    pairs = list(zip(whole["torch"], whole["lstmx"], strict=True))
+    calls: dict[Any, Callable[[], None]] = {}
+    for name, one in step.items():
+        calls["whole", name] = partial(one.whole, x, y)
+        calls["layers", name] = partial(one.layers, x)
+        calls["decoder", name] = partial(one.decoder, x, y)
+        calls["optimiser", name] = one.optimise
+    times = _interleaved(calls, steps)
+
+    def ratio(part: str, name: str, of_part: str, of_name: str) -> list[float]:
+        return [a / b for a, b in zip(times[part, name], times[of_part, of_name], strict=True)]
+
     result: dict[str, Any] = {
         "precision": precision,
         "threads": torch.get_num_threads(),
         "steps": steps,
-        "ratio": _spread([theirs / ours for theirs, ours in pairs]),
-        "ratio_of_layers": statistics.median(parts["layers"]["torch"])
-        / statistics.median(parts["layers"]["lstmx"]),
+        "ratio": _spread(ratio("whole", "torch", "whole", "lstmx")),
+        "ratio_of_layers": _spread(ratio("layers", "torch", "layers", "lstmx")),
     }
     for name in step:
-        seconds = statistics.median(whole[name])
-        shares = {part: statistics.median(times[name]) / seconds for part, times in parts.items()}
-        rates = _spread([x.numel() / value for value in whole[name]])
-        result[name] = {"tokens_per_second": rates, "share": shares}
+        result[name] = {
+            "tokens_per_second": _spread([x.numel() / value for value in times["whole", name]]),
+            "share": {
+                part: statistics.median(ratio(part, name, "whole", name))
+                for part in ("layers", "decoder", "optimiser")
+            },
+        }
     # If the layers took no time at all, and the rest as long as now.
     rest = 1 - result["torch"]["share"]["layers"]
     result["bound"] = 1 / rest if rest > 0 else None
@@ -247,25 +253,24 @@ def _measure_speed(
 
 
 def _speed_table(results: list[dict[str, Any]]) -> Table:
-    table = Table(title="training: tokens per second, median and quartiles; shares of a step")
-    for name in ("precision", "threads", "torch.nn", "lstmx", "ratio", "of the layers"):
-        table.add_column(name, justify="right")
-    for part in ("layers", "decoder", "optimiser"):
-        table.add_column(f"{part}, torch / lstmx", justify="right")
+    table = Table(title="tokens per second: median and quartiles")
+    for name in ("precision", "threads", "torch.nn", "lstmx", "ratio", "layers", "share", "bound"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in results:
         rates = [row[name]["tokens_per_second"] for name in ("torch", "lstmx")]
-        ratio = row["ratio"]
         table.add_row(
             row["precision"],
             str(row["threads"]),
             *(f"{r['median']:.0f} ({r['low']:.0f}..{r['high']:.0f})" for r in rates),
-            f"{ratio['median']:.2f} ({ratio['low']:.2f}..{ratio['high']:.2f})",
-            f"{row['ratio_of_layers']:.2f}",
-            *(
-                f"{row['torch']['share'][part]:.0%} / {row['lstmx']['share'][part]:.0%}"
-                for part in ("layers", "decoder", "optimiser")
-            ),
+            f"{row['ratio']['median']:.2f} ({row['ratio']['low']:.2f}..{row['ratio']['high']:.2f})",
+            f"{row['ratio_of_layers']['median']:.2f}",
+            f"{row['torch']['share']['layers']:.0%}",
+            f"{row['bound']:.2f}" if row["bound"] else "",
         )
+    table.caption = (
+        "layers: ratio of the recurrent layers alone; share: theirs of torch's step; bound: the "
+        "ratio if they took no time"
+    )
     return table
 
 

@@ -29,7 +29,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional as F
 
-from lstmx.text.awd_lstm import AWDLSTM, AWDLSTMConfig, AWDLSTMLanguageModel
+from lstmx.text.awd_lstm import AWDLSTM, AWDLSTMLanguageModel
 from lstmx.text.batches import DocumentBatches, StreamBatches
 from lstmx.text.checkpoints import (
     CHECKPOINT,
@@ -44,9 +44,7 @@ from lstmx.text.checkpoints import (
 from lstmx.text.classifier import TextClassifier
 from lstmx.text.config import (
     ClassifierConfig,
-    ClassifierSizes,
     LanguageModelConfig,
-    LanguageModelSizes,
     RunConfig,
     write_config,
 )
@@ -105,7 +103,7 @@ class Result:
 # ---- Runs
 
 # What may change when a run is resumed.
-_FREE = {"source", "checkpoint_every", "log_every", "tensorboard", "accelerator"}
+_FREE = {"source", "pretrained", "checkpoint_every", "log_every", "tensorboard", "accelerator"}
 
 
 def _identity(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -228,13 +226,6 @@ def _run(
     )
 
 
-def _encoder_config(
-    section: LanguageModelSizes | ClassifierSizes, like: AWDLSTMConfig
-) -> AWDLSTMConfig:
-    """The sizes of a model, and the dropouts of a section."""
-    return like.with_dropouts(section.encoder)
-
-
 def _pretrained(path: str) -> tuple[AWDLSTMLanguageModel, Tokenizer]:
     saved = load_model(path)
     if not isinstance(saved.model, AWDLSTMLanguageModel) or saved.tokenizer is None:
@@ -258,7 +249,7 @@ def _language_model(config: LanguageModelConfig, tokenizer: Tokenizer) -> AWDLST
     old, words = _pretrained(section.pretrained)
     model = AWDLSTMLanguageModel(
         len(words),
-        _encoder_config(section, old.config),
+        old.config.with_dropouts(section.encoder),
         tied=old.tied,
         bias=old.bias,
         cutoffs=old.cutoffs,
@@ -348,7 +339,7 @@ def _classifier_task(config: ClassifierConfig, classes: int) -> ClassifierTask:
     pl.seed_everything(config.train.seed, verbose=False)
     section = config.model
     trained, tokenizer = _pretrained(section.pretrained)
-    encoder = AWDLSTM(len(tokenizer), _encoder_config(section, trained.config))
+    encoder = AWDLSTM(len(tokenizer), trained.config.with_dropouts(section.encoder))
     if not section.scratch:
         encoder.load_state_dict(trained.encoder.state_dict())
     model = TextClassifier(

@@ -25,3 +25,9 @@ def kjv(tmp_path_factory) -> Corpus:
     """Some chapters of the King James Bible."""
     folder = tmp_path_factory.mktemp("corpus") / "kjv"
     return prepare(DATA / "kjv", folder, kind="raw-word", min_count=3)
+
+
+@pytest.fixture
+def data() -> Path:
+    """The folder of its texts."""
+    return DATA / "kjv"
