@@ -55,6 +55,8 @@ def _is_refusal(error: Exception) -> bool:
     """Whether the message is meant for who gave the command, and not for who wrote it."""
     from lstmx.text.checkpoints import RunError
 
+    if isinstance(error, BrokenPipeError):  # of "| head"
+        return False
     return not isinstance(error, RuntimeError) or isinstance(error, RunError)
 
 

@@ -40,6 +40,12 @@ def _run_as_typed(line, folder):
     return done.stdout
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").iterdir()), ids=lambda path: path.name)
+def test_examples_are_read(path):
+    config = read_config(path)
+    assert config.model.preset == path.stem
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:")  # Lightning's own call
 @pytest.mark.parametrize("name", ["train", "classify", "distributed"])

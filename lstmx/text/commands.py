@@ -28,12 +28,11 @@ from lstmx.text.interchange import (
     save_awd_lstm_lm,
     save_fastai,
 )
-from lstmx.text.storage import ModelFileError, SavedModel, load_model, save_model
+from lstmx.text.storage import Model, ModelFileError, load_model, save_model
 from lstmx.text.tokenizer import EOS, PAD, SPECIALS, UNK, Tokenizer
 
 # What fastai calls our special tokens: what a text begins with there, a line ends with here.
 _FASTAI_NAMES = {"xxunk": SPECIALS[UNK], "xxbos": SPECIALS[EOS], "xxpad": SPECIALS[PAD]}
-FORMATS = ("fastai", "awd-lstm-lm")
 
 
 def model_path(path: Path) -> Path:
@@ -50,12 +49,13 @@ def model_path(path: Path) -> Path:
     raise ModelFileError(f"there is no {path}: give the folder of a run, or a saved model")
 
 
-def _load(path: Path) -> SavedModel:
+def _load(path: Path) -> tuple[Model, Tokenizer, list[str] | None]:
+    """A model on the device to use it on, its vocabulary, and its classes if they have names."""
     saved = load_model(model_path(path))
     if saved.tokenizer is None:
         raise ModelFileError(f"{path} has no vocabulary: save or convert the model with one")
-    saved.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return saved
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return saved.model.to(device), saved.tokenizer, saved.classes
 
 
 def load_language_model(path: Path) -> tuple[AWDLSTMLanguageModel, Tokenizer]:
@@ -65,7 +65,7 @@ def load_language_model(path: Path) -> tuple[AWDLSTMLanguageModel, Tokenizer]:
         ModelFileError: the file is absent or damaged, or holds something else.
     """
     model, tokenizer, _ = _load(path)
-    if not isinstance(model, AWDLSTMLanguageModel) or tokenizer is None:
+    if not isinstance(model, AWDLSTMLanguageModel):
         raise ModelFileError(f"{path} must hold a language model, got {type(model).__name__}")
     return model, tokenizer
 
@@ -147,6 +147,8 @@ def make_config(
         config = parse_config(values, "the command")
     else:
         assert file is not None
+        if file.is_dir():
+            raise ConfigError(f"{file} is a folder and no config: give a corpus by --corpus")
         config = read_config(file)
         if model:
             config = updated(config, {"model.pretrained": model["pretrained"]})
@@ -173,7 +175,6 @@ def evaluate_on(
         CorpusError: the corpus or the documents cannot be read, or have another class.
     """
     model, tokenizer, classes = _load(path)
-    assert tokenizer is not None
     if isinstance(model, TextClassifier):
         documents = read_labelled(source, tokenizer, classes=classes)
         return evaluate_classifier(model, getattr(documents, split), batch_size=batch_size or 32)
@@ -258,7 +259,7 @@ def classify(path: Path, texts: Sequence[str], *, batch_size: int = 32) -> Itera
         CorpusError: there is no text, or one is empty.
     """
     model, tokenizer, names = _load(path)
-    if not isinstance(model, TextClassifier) or tokenizer is None:
+    if not isinstance(model, TextClassifier):
         raise ModelFileError(f"{path} must hold a classifier, got {type(model).__name__}")
     names = names or [str(number) for number in range(model.classes)]
     ids = [torch.tensor(row, dtype=torch.int64) for row in tokenizer.encode_batch(texts)]
@@ -290,7 +291,7 @@ def read_inputs(inputs: Sequence[str], lines: Iterable[str]) -> list[str]:
         lines: what ``-`` stands for.
 
     Raises:
-        CorpusError: a file is not UTF-8.
+        CorpusError: a file is not UTF-8, or what must be meant as one is not there.
     """
     documents = []
     for given in inputs:
@@ -304,6 +305,8 @@ def read_inputs(inputs: Sequence[str], lines: Iterable[str]) -> list[str]:
                     f"{given}, byte {error.start}: the text must be UTF-8, "
                     f"got the byte 0x{error.object[error.start]:02x}"
                 ) from error
+        elif given.endswith(".txt"):
+            raise CorpusError(f"there is no file {given}")
         else:
             documents.append(given.strip())
     return documents
@@ -349,7 +352,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def import_model(source: Path, target: Path, vocabulary: Path | None = None) -> SavedModel:
+def import_model(source: Path, target: Path, vocabulary: Path | None = None) -> None:
     """Reads a language model of fastai's or awd-lstm-lm's and saves it as ours.
 
     Args:
@@ -368,7 +371,9 @@ def import_model(source: Path, target: Path, vocabulary: Path | None = None) -> 
     try:
         model = load_fastai(state) if fastai else load_awd_lstm_lm(state)
     except ValueError as error:
-        raise ModelFileError(f"{source} is no language model of {FORMATS}: {error}") from error
+        raise ModelFileError(
+            f"{source} is no language model of fastai or awd-lstm-lm: {error}"
+        ) from error
     tokenizer = None
     if vocabulary is not None:
         renames = _FASTAI_NAMES if fastai else {}
@@ -381,8 +386,8 @@ def import_model(source: Path, target: Path, vocabulary: Path | None = None) -> 
             raise ModelFileError(f"{vocabulary} does not fit {source}: {error}") from error
         kind = "raw-word" if fastai else "word"
         tokenizer = Tokenizer.from_words(new, kind=kind, lowercase=fastai)
+    target.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, target, tokenizer)
-    return SavedModel(model, tokenizer, None)
 
 
 def export_model(source: Path, target: Path, form: str, vocabulary: Path | None = None) -> None:

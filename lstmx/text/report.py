@@ -144,7 +144,7 @@ class TrainingProgress(pl.Callback):
         self.console, self.interrupted = console, False
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[metric]}"),
@@ -196,11 +196,15 @@ class TrainingProgress(pl.Callback):
         self._progress.update(self._task, completed=batch_idx + 1)
         if self._batches % pl_module.settings.log_every == 1:
             loss = float(trainer.callback_metrics["train_loss"])
-            shown = f"loss {loss:.2f}  ppl {perplexity(loss)}  {self._rate()} tokens/s"
+            shown = f"loss {loss:.2f} ppl {perplexity(loss)} {self._rate()} tokens/s"
             self._progress.update(self._task, metric=shown)
 
     def _rate(self) -> str:
         return f"{self._tokens / (self._end - self._begin):,.0f}"
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, metric="validating")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._task is None:

@@ -221,6 +221,7 @@ def test_train_refuses(kjv, tmp_path):
     start = ["train", "--out", folder]
     assert "give one of" in refused(*start)
     assert "cannot read the config" in refused(*start, tmp_path / "none.toml")
+    assert "--corpus" in refused(*start, kjv.folder)
     assert "is no prepared corpus" in refused(*start, "--corpus", DATA / "kjv")
     assert "--pretrained" in refused(*start, "--documents", DATA / "books")
     corpus = [*start, "--corpus", kjv.folder]
@@ -360,6 +361,7 @@ def test_classify_refuses(classifier, language_model, tmp_path):
     assert "is empty" in refused("classify", classifier, " ")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     assert "latin, byte 3" in refused("classify", classifier, tmp_path / "latin")
+    assert "there is no file" in refused("classify", classifier, "misspelt.txt")
     assert "must hold a language model" in refused("generate", classifier)
 
 
