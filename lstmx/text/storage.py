@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -33,7 +33,8 @@ class ModelFileError(ValueError):
     """A file is no saved model, is damaged, or does not fit what it is loaded for."""
 
 
-class SavedModel(NamedTuple):
+@dataclass(frozen=True)
+class SavedModel:
     """What a file holds.
 
     Attributes:

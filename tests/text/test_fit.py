@@ -72,7 +72,8 @@ def test_a_run_learns_and_leaves_its_files(run, kjv):
 
 def test_the_saved_model_is_what_was_validated(run, kjv):
     config, result = run
-    model, tokenizer, _ = load_model(result.model)
+    saved = load_model(result.model)
+    model, tokenizer = saved.model, saved.tokenizer
     assert tokenizer == kjv.tokenizer
     found = evaluate(model, kjv.split("valid"), batch_size=config.data.eval_batch_size)
     assert found.loss == pytest.approx(result.valid_loss, rel=1e-5)
@@ -151,7 +152,7 @@ def test_gradients_are_clipped(kjv, tmp_path):
 
 
 def test_nt_asgd_validates_and_saves_the_mean(kjv, tmp_path):
-    settings = {"optimizer": "nt-asgd", "lr": 30.0, "patience_of_averaging": 1, "epochs": 4}
+    settings = {"optimizer": "nt-asgd", "lr": 100.0, "patience_of_averaging": 1, "epochs": 4}
     result = fit(language_model_run(kjv, train=settings), tmp_path / "run")
     checkpoint = torch.load(result.folder / CHECKPOINT, weights_only=True)
     group = checkpoint["optimizer_states"][0]["param_groups"][0]
