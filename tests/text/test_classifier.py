@@ -154,12 +154,21 @@ def test_activations_do_not_change_beyond_a_document(max_length):
     logits, raw, dropped = model(documents(), LENGTHS)
     assert logits.shape == (5, CLASSES)
     assert raw is dropped
-    begin = 0  # of the first chunk that the shortest document's last five steps are in
     for row, length in enumerate(LENGTHS.tolist()):
         first = 0 if max_length is None else max(length - max_length, 0)
         change = (raw[row, 1:] - raw[row, :-1]).any(1)
-        inside = torch.arange(1, 15)
-        assert change.tolist() == [first - begin < t < length - begin for t in inside.tolist()]
+        assert change.tolist() == [first < step < length for step in range(1, 15)]
+
+
+def test_chunks_that_nobody_pools_are_left_out():
+    model = settle(make(max_length=3))
+    ids, lengths = documents()[:3], torch.tensor([15, 13, 14])
+    logits, raw, _ = model(ids, lengths)
+    # The first step that is pooled, 13 - 3, is in the chunk that begins at 8.
+    assert raw.shape == (3, 15 - 8, 6)
+    for row, length in enumerate(lengths):
+        alone = model(ids[row : row + 1, :length]).logits
+        torch.testing.assert_close(logits[row : row + 1], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_and_batch_norm_are_in_the_head():
