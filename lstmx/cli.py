@@ -316,14 +316,17 @@ def train(
         console.print(f"the loss falls fastest at a learning rate of {search.suggestion:.2g}")
         console.print(f"picture: {out / 'learning-rate.png'}")
         return
-    with report.TrainingProgress(console) as progress:
-        try:
+    progress = report.TrainingProgress(console)
+    try:
+        with progress:
             result = fit.fit(chosen, out, resume=resume, callbacks=[progress])
-        except SystemExit as error:  # Lightning's, after Ctrl-C
-            if progress.interrupted:
-                _print_error(f"stopped; to go on: lstmx train --out {out} --resume")
-                raise typer.Exit(130) from error
+    except SystemExit as error:  # Lightning's, after Ctrl-C
+        if not progress.interrupted:
             raise
+        again = f"lstmx train --out {out} --resume"
+        saved = (out / fit.CHECKPOINT).is_file()
+        _print_error(f"stopped; {'to go on: ' + again if saved else 'nothing was saved yet'}")
+        raise typer.Exit(130) from error
     if int(os.environ.get("RANK", 0)) == 0:
         console.print(report.run_summary(result))
 

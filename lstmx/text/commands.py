@@ -135,6 +135,8 @@ def make_config(
     given = [source for source in (file, corpus, documents) if source is not None]
     if not given and resume:
         file = folder / CONFIG
+        if not file.is_file():
+            raise ConfigError(f"{folder} holds no run to go on with: begin it without --resume")
     elif len(given) != 1:
         raise ConfigError("give one of a config file, --corpus or --documents")
     if corpus is not None:

@@ -6,6 +6,10 @@ import os
 import pickle
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -179,6 +183,27 @@ def test_a_run_refuses_a_checkpoint(trained, tmp_path):
     assert "no checkpoint" in refused("train", "--out", folder, "--resume")
 
 
+@pytest.mark.slow
+def test_a_run_is_stopped_and_goes_on(kjv, tmp_path):
+    folder = tmp_path / "run"
+    chosen = settings(*SMALL, "data.batch_size=4", "train.checkpoint_every=1", "train.epochs=1")
+    start = ["train", "--corpus", kjv.folder, "--out", folder, *chosen]
+    command = [sys.executable, "-m", "lstmx.cli", *map(str, start)]
+    environment = {**os.environ, "PYTHONPATH": str(DATA.parents[1]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True)
+    while not (folder / "last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--out {folder} --resume" in stderr
+    assert "Traceback" not in stderr
+    assert not list(folder.glob(".*"))
+    assert "train.lr" in refused("train", "--out", folder, "--resume", *settings("train.lr=1.0"))
+    assert "best: epoch 1 of 1" in done("train", "--out", folder, "--resume")
+
+
 class Touch:
     """Makes a file when it is unpickled."""
 
@@ -222,6 +247,7 @@ def test_train_refuses(kjv, tmp_path):
     assert "give one of" in refused(*start)
     assert "cannot read the config" in refused(*start, tmp_path / "none.toml")
     assert "--corpus" in refused(*start, kjv.folder)
+    assert "holds no run" in refused(*start, "--resume")
     assert "is no prepared corpus" in refused(*start, "--corpus", DATA / "kjv")
     assert "--pretrained" in refused(*start, "--documents", DATA / "books")
     corpus = [*start, "--corpus", kjv.folder]
