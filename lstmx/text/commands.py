@@ -154,7 +154,10 @@ def make_config(
         config = read_config(file)
         if model:
             config = updated(config, {"model.pretrained": model["pretrained"]})
-    return updated(config, dict(map(parse_setting, settings))) if settings else config
+    changes = dict(map(parse_setting, settings))
+    if "kind" in changes:
+        raise ConfigError("kind cannot be changed, because the other settings are its own")
+    return updated(config, changes) if changes else config
 
 
 # ---- Use

@@ -299,7 +299,8 @@ def parse_config(values: Mapping[str, Any], name: str = "config") -> RunConfig:
         for one in error.errors(include_url=False, include_context=False):
             # pydantic names the member of the union first.
             path = [part for part in one["loc"] if part not in ("language-model", "classifier")]
-            message = f"{name}: {'.'.join(map(str, path)) or 'kind'}: {one['msg']}"
+            reason = one["msg"].removeprefix("Value error, ")
+            message = f"{name}: {'.'.join(map(str, path)) or 'kind'}: {reason}"
             if not isinstance(one["input"], (dict, list)):
                 message += f", got {one['input']!r}"
             lines.append(message)

@@ -26,6 +26,7 @@ import torch
 from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -154,17 +155,20 @@ def _trainer(config: RunConfig, **options: Any) -> pl.Trainer:
         # Layers that are frozen get no gradient.
         strategy = DDPStrategy(find_unused_parameters=config.kind == "classifier")
         processes = {"devices": local, "num_nodes": _world_size() // local, "strategy": strategy}
-    return pl.Trainer(
-        accelerator=config.train.accelerator,
-        **processes,
-        precision=config.train.precision,
-        gradient_clip_val=config.train.clip or None,
-        log_every_n_steps=config.train.log_every,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # the loaders give each process its rows
-        **options,
-    )
+    try:
+        return pl.Trainer(
+            accelerator=config.train.accelerator,
+            **processes,
+            precision=config.train.precision,
+            gradient_clip_val=config.train.clip or None,
+            log_every_n_steps=config.train.log_every,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the loaders give each process its rows
+            **options,
+        )
+    except MisconfigurationException as error:
+        raise RunError(f"train.accelerator {config.train.accelerator!r}: {error}") from error
 
 
 def _loggers(folder: Path, tensorboard: bool) -> list[Any]:

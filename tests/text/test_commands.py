@@ -253,8 +253,11 @@ def test_train_refuses(kjv, tmp_path):
     corpus = [*start, "--corpus", kjv.folder]
     assert "model.hiden" in refused(*corpus, "--set", "model.hiden=3")
     assert "train.lr" in refused(*corpus, "--set", "train.lr=fast")
+    assert "kind cannot be changed" in refused(*corpus, "--set", "kind=classifier")
     assert "key=value" in refused(*corpus, "--set", "train.lr")
     assert "batch_size" in refused(*corpus, "--set", "data.batch_size=100000")
+    if not torch.cuda.is_available():
+        assert "train.accelerator 'gpu'" in refused(*corpus, "--set", "train.accelerator=gpu")
     assert not (folder / "last.ckpt").exists()
 
 
