@@ -121,8 +121,9 @@ class CheckpointFile(TorchCheckpointIO):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+            reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
             raise CheckpointError(
-                f"cannot write the checkpoint {path}: {error}; the one before it is kept: make "
+                f"cannot write the checkpoint {path}: {reason}; the one before it is kept: make "
                 "room and resume"
             ) from error
         finally:
@@ -175,8 +176,6 @@ class Keeper(pl_callbacks.Checkpoint):
         self.best_loss, self.best_epoch = state_dict["best_loss"], state_dict["best_epoch"]
 
     def _write(self, trainer: pl.Trainer) -> None:
-        for logger in trainer.loggers:
-            logger.save()
         trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:

@@ -11,7 +11,7 @@ from lstmx.text.corpus import Corpus, prepare
 DATA = Path(__file__).parents[1] / "data"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Models this small are fastest so."""
     threads = torch.get_num_threads()

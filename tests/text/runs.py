@@ -8,6 +8,8 @@ from lstmx.text.awd_lstm import AWDLSTMConfig, AWDLSTMLanguageModel
 from lstmx.text.config import parse_config, write_config
 from lstmx.text.storage import save_model
 
+# Steps so large that validation gets worse before long, which begins the averaging.
+NT_ASGD = {"optimizer": "nt-asgd", "lr": 100.0, "patience_of_averaging": 1, "epochs": 4}
 BOOKS = Path(__file__).parents[1] / "data" / "books"
 
 

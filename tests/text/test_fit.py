@@ -7,7 +7,7 @@ import resource
 import lightning.pytorch as pl
 import pytest
 import torch
-from runs import BOOKS, classifier_run, language_model_run
+from runs import BOOKS, NT_ASGD, classifier_run, language_model_run
 from torch.nn import functional as F
 
 from lstmx.text.awd_lstm import AWDLSTMConfig, AWDLSTMLanguageModel
@@ -28,14 +28,6 @@ from lstmx.text.fit import (
     read_log,
 )
 from lstmx.text.storage import load_model, save_model
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +144,7 @@ def test_gradients_are_clipped(kjv, tmp_path):
 
 
 def test_nt_asgd_validates_and_saves_the_mean(kjv, tmp_path):
-    settings = {"optimizer": "nt-asgd", "lr": 100.0, "patience_of_averaging": 1, "epochs": 4}
-    result = fit(language_model_run(kjv, train=settings), tmp_path / "run")
+    result = fit(language_model_run(kjv, train=NT_ASGD), tmp_path / "run")
     checkpoint = torch.load(result.folder / CHECKPOINT, weights_only=True)
     group = checkpoint["optimizer_states"][0]["param_groups"][0]
     losses = [row["valid_loss"] for row in read_log(result.folder) if "valid_loss" in row]

@@ -4,18 +4,10 @@ import signal
 
 import pytest
 import torch
-from runs import classifier_run, fit_elsewhere, language_model_run, without_time
+from runs import NT_ASGD, classifier_run, fit_elsewhere, language_model_run, without_time
 
 from lstmx.text.fit import CHECKPOINT, MODEL, fit, read_log
 from lstmx.text.storage import load_model
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def killed_and_resumed(config, tmp_path, kill_at):
@@ -51,8 +43,7 @@ def test_one_cycle(kjv, tmp_path):
 
 
 def test_nt_asgd_after_averaging_began(kjv, tmp_path):
-    settings = {"optimizer": "nt-asgd", "lr": 30.0, "patience_of_averaging": 1, "epochs": 4}
-    config = language_model_run(kjv, train=settings)
+    config = language_model_run(kjv, train=NT_ASGD)
     checkpoint = killed_and_resumed(config, tmp_path, kill_at=107)
     assert checkpoint["epoch"] == 3
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["averaged_steps"] > 0
