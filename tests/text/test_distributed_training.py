@@ -15,26 +15,32 @@ def in_two_processes(config, folder, **options):
 
 
 @pytest.mark.parametrize(
-    "train",
+    ("changes", "tolerance"),
     [
-        pytest.param({"lr": 0.01, "epochs": 2}, id="one-cycle"),
-        pytest.param(NT_ASGD | {"lr": 30.0}, id="nt-asgd", marks=pytest.mark.slow),
+        pytest.param({"train": {"lr": 0.01, "epochs": 2}}, 1e-4, id="one-cycle"),
+        # Few steps, because steps so large let rounding errors grow.
+        pytest.param(
+            {"train": NT_ASGD | {"lr": 30.0}, "data": {"batch_size": 64, "bptt": 40}},
+            1e-3,
+            id="nt-asgd",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_language_model(train, kjv, tmp_path):
-    config = language_model_run(kjv, model={"drop_mult": 0.0}, train=train)
+def test_language_model(changes, tolerance, kjv, tmp_path):
+    config = language_model_run(kjv, model={"drop_mult": 0.0}, **changes)
     fit(config, tmp_path / "one")
     in_two_processes(config, tmp_path / "two")
-    if "optimizer" in train:  # averaging had begun
+    if config.train.optimizer == "nt-asgd":  # and averaging had begun
         checkpoint = torch.load(tmp_path / "two" / CHECKPOINT, weights_only=True)
         assert checkpoint["optimizer_states"][0]["param_groups"][0]["averaged_steps"] > 0
     logs = [without_time(read_log(tmp_path / name)) for name in ("one", "two")]
-    assert len(logs[0]) > 25 * train["epochs"]
+    assert len(logs[0]) > 20
     for one, two in zip(*logs, strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
+        assert two == pytest.approx(one, rel=tolerance)
     one, two = (load_model(tmp_path / name / MODEL).model for name in ("one", "two"))
     for (name, expected), value in zip(one.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(value, expected, rtol=10 * tolerance, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow
