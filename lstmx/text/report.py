@@ -117,6 +117,8 @@ def memory_json(results: Sequence[MemoryResult]) -> dict[str, Any]:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
