@@ -62,7 +62,8 @@ def test_commands_run(name, tmp_path, monkeypatch):
     assert lines
     for line in lines:
         command, *arguments = shlex.split(line)
-        if command == "lstmx" and "$(" not in line:  # in this process, to save the start of another one
+        # In this process, to save the start of another one.
+        if command == "lstmx" and "$(" not in line:
             done = CliRunner().invoke(app, arguments)
             assert done.exit_code == 0, f"{line}\n{done.output}"
             output = done.stdout

@@ -14,7 +14,7 @@ matplotlib.use("Agg")  # files only: no display is needed
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import nn
 
 from lstmx.text.chapter import Run, find
@@ -184,10 +184,12 @@ def training_curves(runs: Mapping[str, Log]) -> Figure:
         axes[0].plot(*_column(log, "valid_loss"), label=f"{name}: validation", **valid)
         axes[1].plot(*_column(log, measure), **{**valid, "linestyle": "-"})
         axes[2].plot(*_column(log, "lr"), color=color, linewidth=2)
-    if not classifiers:
+    values = [value for log in runs.values() for value in _column(log, measure)[1]]
+    if not classifiers and values and max(values) > 10 * min(values):
         axes[1].set_yscale("log")
+        axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes[1].yaxis.set_major_formatter(ScalarFormatter())
-        axes[1].yaxis.set_minor_formatter(ScalarFormatter())
+        axes[1].yaxis.set_minor_formatter(NullFormatter())
     labels = ("loss (nats)", f"validation {measure}", "learning rate")
     for axis, label in zip(axes, labels, strict=True):
         axis.set_xlabel("step")
