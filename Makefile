@@ -7,7 +7,8 @@ BUILD ?= build/cpp
 PAGES ?= build/docs
 # Modules with a page of the API; the package comes first.
 DOCUMENTED = lstmx $(addprefix lstmx.,modules ops reference dropout diagnostics text) \
-             $(addprefix lstmx.text.,awd_lstm chapter generation human_numbers interchange memory regularisers training)
+             $(addprefix lstmx.text.,awd_lstm batches chapter checkpoints classifier corpus fit generation \
+             human_numbers interchange memory optimisers regularisers storage tokenizer training)
 
 bin := $(abspath $(VENV))/bin
 python := $(bin)/python

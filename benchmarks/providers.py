@@ -25,14 +25,14 @@ class DroppedWeight(nn.Module):
         super().__init__()
         self.module, self.p = module, p
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, states: Any = None) -> Any:
         weights = dict(self.module.named_parameters())
         w_hh = weights["weight_hh_l0"]
         if self.mask is None:
-            weights["weight_hh_l0"] = nn.functional.dropout(w_hh, self.p)
+            weights["weight_hh_l0"] = nn.functional.dropout(w_hh, self.p, self.training)
         else:
             weights["weight_hh_l0"] = w_hh * self.mask
-        return torch.func.functional_call(self.module, weights, (x,))
+        return torch.func.functional_call(self.module, weights, (x, states))
 
 
 class _LowMemory:

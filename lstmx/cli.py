@@ -1,15 +1,25 @@
-"""The command ``lstmx``: argument parsing only."""
+"""The command ``lstmx``: argument parsing only.
+
+Exit codes: 0 done; 2 what was asked for cannot be done, and the message says what to change; 130
+stopped by Ctrl-C; 1 anything else. ``LSTMX_TRACEBACK=1`` shows where an error comes from.
+"""
 
 from __future__ import annotations
 
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
 except ImportError as error:
     raise SystemExit(
         f"The command lstmx needs a package that is not there ({error.name}): "
@@ -17,6 +27,52 @@ except ImportError as error:
     ) from error
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def _command(name: str | None = None) -> Callable[[Command], Command]:
+    """A command that tells what the text modules refuse in a line, with exit code 2."""
+
+    def register(function: Command) -> Command:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except (ValueError, OSError, RuntimeError) as error:
+                if os.environ.get("LSTMX_TRACEBACK") == "1" or not _is_refusal(error):
+                    raise
+                _print_error(_described(error))
+                raise typer.Exit(2) from error
+
+        app.command(name)(run)
+        return function
+
+    return register
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the message is meant for who gave the command, and not for who wrote it."""
+    from lstmx.text.checkpoints import RunError
+
+    if isinstance(error, BrokenPipeError):  # of "| head"
+        return False
+    return not isinstance(error, RuntimeError) or isinstance(error, RunError)
+
+
+def _described(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    where = "" if error.filename is None else f"{error.filename}: "
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "; make room and try again, nothing was overwritten" if full else ""
+    return f"{where}{error.strerror or error}{advice}"
+
+
+def _print_error(message: str) -> None:
+    # A line stays a line: it may be searched for.
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[red]error:[/red] {escape(message)}")
 
 
 @app.callback()
@@ -167,6 +223,248 @@ def memory(
         console.print(f"plot: {plot}")
 
 
+Split = Literal["train", "valid", "test"]
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="The folder of a run, or a saved model.")
+]
+
+
+@_command()
+def prepare(
+    source: Annotated[
+        str, typer.Argument(help="Folder with train.txt, valid.txt and test.txt; or a data set.")
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder to make.")],
+    kind: Annotated[
+        Literal["word", "raw-word", "bpe"],
+        typer.Option(help="Split at spaces; into words and punctuation; into parts of words."),
+    ] = "word",
+    min_count: Annotated[int, typer.Option(min=1, help="Rarer words become <unk>.")] = 1,
+    max_size: Annotated[int | None, typer.Option(help="Largest vocabulary.")] = None,
+    lowercase: Annotated[bool, typer.Option(help="Make capitals small.")] = False,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Use the vocabulary of this run, model or prepared folder."),
+    ] = None,
+) -> None:
+    """Make token ids of a text, for training."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+
+    from lstmx.text import commands, corpus, report
+
+    given = None if tokenizer is None else commands.load_tokenizer(tokenizer)
+    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(highlight=False, soft_wrap=True)
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        bar = progress.add_task("preparing", total=None)
+        made = corpus.prepare(
+            source,
+            folder,
+            kind=kind,
+            min_count=min_count,
+            max_size=max_size,
+            lowercase=lowercase,
+            tokenizer=given,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    console.print(report.corpus_table(made))
+
+
+@_command()
+def train(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="What to train: a file in TOML or YAML."),
+    ] = None,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the run.")] = Path("run"),
+    corpus: Annotated[
+        Path | None, typer.Option(help="Instead of CONFIG: train a language model on this.")
+    ] = None,
+    documents: Annotated[
+        Path | None, typer.Option(help="Instead of CONFIG: train a classifier on these.")
+    ] = None,
+    pretrained: Annotated[
+        Path | None, typer.Option(help="Begin with this language model, a run or a file.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: train.lr=0.01"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="Only look for a learning rate, and draw it.")
+    ] = False,
+) -> None:
+    """Train a language model, or a classifier that begins with one."""
+    from lstmx.text import commands, fit, report
+    from lstmx.text import pictures as draw
+
+    chosen = commands.make_config(
+        config,
+        out,
+        corpus=corpus,
+        documents=documents,
+        pretrained=pretrained,
+        settings=settings or (),
+        resume=resume,
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    if find_lr:
+        search = fit.find_lr(chosen)
+        draw.save(draw.learning_rates(search), out / "learning-rate.png")
+        console.print(f"the loss falls fastest at a learning rate of {search.suggestion:.2g}")
+        console.print(f"picture: {out / 'learning-rate.png'}")
+        return
+    progress = report.TrainingProgress(console)
+    try:
+        with progress:
+            result = fit.fit(chosen, out, resume=resume, callbacks=[progress])
+    except SystemExit as error:  # Lightning's, after Ctrl-C
+        if not progress.interrupted:
+            raise
+        again = f"lstmx train --out {out} --resume"
+        saved = (out / fit.CHECKPOINT).is_file()
+        _print_error(f"stopped; {'to go on: ' + again if saved else 'nothing was saved yet'}")
+        raise typer.Exit(130) from error
+    if int(os.environ.get("RANK", 0)) == 0:
+        console.print(report.run_summary(result))
+
+
+@_command()
+def evaluate(
+    model: ModelArgument,
+    source: Annotated[
+        Path, typer.Argument(metavar="CORPUS", help="Prepared folder, or labelled documents.")
+    ],
+    split: Annotated[Split, typer.Option(help="What part of it.")] = "test",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a language model, the parts that a text is read in: 1."),
+    ] = None,
+    bptt: Annotated[int, typer.Option(min=1, help="Steps at a time.")] = 70,
+    json: JsonFile = None,
+) -> None:
+    """Measure a model: loss and perplexity, or accuracy."""
+    from lstmx.environment import write_json
+    from lstmx.text import commands, report
+
+    done = commands.evaluate_on(model, source, split=split, batch_size=batch_size, bptt=bptt)
+    console = Console(highlight=False)
+    console.print(report.evaluation_table(done, f"{model} on {source}, {split}"))
+    if json is not None:
+        write_json(report.evaluation_json(done, model, source, split), json)
+        console.print(f"numbers: {json}")
+
+
+@_command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="The beginning; without one, a new line.")] = "",
+    count: Annotated[int, typer.Option(min=1, help="Words to write.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Lower is safer; 0 takes the most probable word.")
+    ] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw among so many most probable words only.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the words that make up this probability.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same text.")] = None,
+) -> None:
+    """Let a language model write, word by word."""
+    from lstmx.text import commands
+
+    network, tokenizer = commands.load_language_model(model)
+    begin = commands.read_prompt(tokenizer, prompt)
+    pieces = commands.continue_prompt(
+        network,
+        tokenizer,
+        begin,
+        count,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    if begin.unknown:
+        note = f"{begin.unknown} of the prompt's {len(begin.ids)} words are not in the vocabulary"
+        Console(stderr=True, highlight=False).print(f"note: {note}", style="yellow")
+    typer.secho(prompt, dim=True, nl=False)
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+@_command()
+def classify(
+    model: ModelArgument,
+    documents: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT|FILE|-]...",
+            help="A text; a file, which is one document; or -, a document in each line of stdin.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="A line of JSON for each, with all probabilities.")
+    ] = False,
+) -> None:
+    """Tell the classes of documents."""
+    from lstmx.text import commands, report
+
+    texts = commands.read_inputs(documents or ["-"], sys.stdin)
+    for result in commands.classify(model, texts):
+        typer.echo(report.classified_json(result) if json else report.classified_line(result))
+
+
+@_command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A file of fastai or awd-lstm-lm; or with --to, one of ours.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The file to write.")],
+    to: Annotated[
+        Literal["fastai", "awd-lstm-lm"] | None, typer.Option(help="Write this program's format.")
+    ] = None,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(help="The words: fastai's pickle, or a .txt with a word a line."),
+    ] = None,
+) -> None:
+    """Carry a language model over from fastai or awd-lstm-lm, or to them."""
+    from lstmx.text import commands
+
+    if to is None:
+        commands.import_model(source, target, vocabulary)
+    else:
+        commands.export_model(source, target, to, vocabulary)
+    Console(highlight=False, soft_wrap=True).print(f"model: {target}")
+
+
+@_command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
+    out: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, callback=_plot, help="The picture: RUN/curves.png"),
+    ] = None,
+) -> None:
+    """Draw the learning curves of runs."""
+    from lstmx.text import fit
+    from lstmx.text import pictures as draw
+
+    path = out or runs[0] / "curves.png"
+    draw.save(draw.training_curves({str(run): fit.read_log(run) for run in runs}), path)
+    Console(highlight=False, soft_wrap=True).print(f"picture: {path}")
+
+
 def main() -> None:
     """Entry point."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,23 +1,75 @@
-"""Every block of Python in the documents runs, and every link in them leads somewhere."""
+"""Every block of Python and every command in the documents runs, every link leads somewhere."""
 
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks import readme
+from lstmx.cli import app
+from lstmx.text.config import read_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def _blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_runs(page):
     names = {"__name__": "__main__"}
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+    for block in _blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)
+
+
+def _run_as_typed(line, folder):
+    """A line of a shell that finds this source tree's command."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["bash", "-e", "-o", "pipefail", "-c", line]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").iterdir()), ids=lambda path: path.name)
+def test_examples_are_read(path):
+    config = read_config(path)
+    assert config.model.preset == path.stem
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:")  # Lightning's own call
+@pytest.mark.parametrize("name", ["train", "classify", "distributed"])
+def test_commands_run(name, tmp_path, monkeypatch):
+    page = ROOT / "docs" / f"{name}.md"
+    shutil.copytree(ROOT / "tests" / "data" / "kjv", tmp_path / "text")
+    shutil.copytree(ROOT / "tests" / "data" / "books", tmp_path / "books")
+    monkeypatch.chdir(tmp_path)
+    for block in _blocks(page, "toml"):
+        file = Path(block.splitlines()[0].removeprefix("# "))
+        file.write_text(block)
+        read_config(file)
+    lines = [line for block in _blocks(page, "sh") for line in block.splitlines()]
+    assert lines
+    for line in lines:
+        command, *arguments = shlex.split(line)
+        # In this process, to save the start of another one.
+        if command == "lstmx" and "$(" not in line:
+            done = CliRunner().invoke(app, arguments)
+            assert done.exit_code == 0, f"{line}\n{done.output}"
+            output = done.stdout
+        else:
+            output = _run_as_typed(line, tmp_path)
+        assert output, line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -33,6 +33,15 @@ def _model_of(state_dict: Mapping[str, Any]) -> StateDict:
     return state
 
 
+def _matrix(state: StateDict, name: str, where: str = "") -> Tensor:
+    """A weight from which sizes are read."""
+    if name not in state:
+        raise ValueError(f"state_dict has no {where + name!r}")
+    if state[name].dim() != 2:
+        raise ValueError(f"{where + name} must be a matrix, got size {list(state[name].shape)}")
+    return state[name]
+
+
 def _read_layers(state: StateDict) -> list[dict[str, Tensor]]:
     """The recurrent layers' weights, under torch's names."""
     layers: dict[int, dict[str, Tensor]] = {}
@@ -40,6 +49,9 @@ def _read_layers(state: StateDict) -> list[dict[str, Tensor]]:
     for name, tensor in state.items():
         found = _LAYER.fullmatch(name)
         if found is None:
+            # The embedding, and in fastai's names the same once more.
+            if name not in ("encoder.weight", "encoder_dp.emb.weight"):
+                raise ValueError(f"state_dict has an unexpected {name}")
             continue
         index, weight = int(found[1]), found[2]
         if found[3]:
@@ -52,73 +64,70 @@ def _read_layers(state: StateDict) -> list[dict[str, Tensor]]:
     return [layers[index] for index in range(len(layers))]
 
 
-def _encoder_config(state: StateDict, layers: list[dict[str, Tensor]]) -> AWDLSTMConfig:
-    """All sizes, from the shapes; without dropout."""
-    try:
-        embedding = state["encoder.weight"].size(1)
-        gates, units = layers[0]["weight_hh_l0"].shape
-    except KeyError as error:
-        raise ValueError(f"state_dict has no {error.args[0]!r}") from error
-    bidirectional = "weight_hh_l0_reverse" in layers[0]
+def _read_config(
+    state: StateDict, layers: list[dict[str, Tensor]], dropouts: AWDLSTMConfig | None
+) -> AWDLSTMConfig:
+    """All sizes, from the shapes; the probabilities of ``dropouts``, or else 0."""
+    embedding = _matrix(state, "encoder.weight").size(1)
+    recurrent = [_matrix(w, "weight_hh_l0", f"rnns.{i}.") for i, w in enumerate(layers)]
+    gates, units = recurrent[0].shape
+    directions = 2 if "weight_hh_l0_reverse" in layers[0] else 1
     cells = {4 * units: "lstm", 3 * units: "gru"}
     if gates not in cells:
         raise ValueError(f"rnns.0's recurrent weight must be [4*H, H], got {[gates, units]}")
-    none = {f"{name}_p": 0.0 for name in ("embedding", "input", "weight", "hidden", "output")}
-    return AWDLSTMConfig(
+    output = recurrent[-1].size(1) * directions
+    sizes = AWDLSTMConfig(
         embedding=embedding,
-        hidden=units * (2 if bidirectional else 1) if len(layers) > 1 else embedding,
+        hidden=units * directions if len(layers) > 1 else embedding,
         layers=len(layers),
+        output=None if output == embedding else output,
         cell=cells[gates],
-        bidirectional=bidirectional,
-        **none,
+        bidirectional=directions == 2,
     )
+    return sizes.scaled(0) if dropouts is None else sizes.with_dropouts(dropouts)
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], where: str = "") -> None:
+    """Raises ValueError, naming it, for a weight that is absent, left over or of a wrong size."""
+    own = module.state_dict()
+    for name in own.keys() | tensors.keys():
+        if name not in tensors or name not in own:
+            word = "lacks" if name not in tensors else "has an unexpected"
+            raise ValueError(f"state_dict {word} {where}{name}")
+        size, got = list(own[name].shape), list(tensors[name].shape)
+        if size != got:
+            raise ValueError(f"{where}{name} must have size {size}, got {got}")
+    module.load_state_dict(tensors)
 
 
 def _fill_encoder(encoder: AWDLSTM, state: StateDict, layers: list[dict[str, Tensor]]) -> None:
-    """Raises ValueError, naming it, for a weight that is absent, left over or of a wrong size."""
     # Embedding dropout names the same matrix again.
     names = ("embedding.weight", "embedding_dropout.embedding.weight")
-    expected = dict.fromkeys(names, state["encoder.weight"])
+    tensors = dict.fromkeys(names, state["encoder.weight"])
     for index, layer in enumerate(layers):
-        expected |= {f"rnns.{index}.{name}": tensor for name, tensor in layer.items()}
-    own = encoder.state_dict()
-    for name in own.keys() | expected.keys():
-        if name not in expected or name not in own:
-            word = "lacks" if name not in expected else "has an unexpected"
-            raise ValueError(f"state_dict {word} {name}")
-        if own[name].shape != expected[name].shape:
-            raise ValueError(
-                f"{name} must have size {list(own[name].shape)}, got {list(expected[name].shape)}"
-            )
-    encoder.load_state_dict(expected)
+        tensors |= {f"rnns.{index}.{name}": tensor for name, tensor in layer.items()}
+    _fill(encoder, tensors)
 
 
 def _strip(state: StateDict, prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def _build(state: StateDict, decoder: StateDict, config: AWDLSTMConfig | None) -> Any:
+def _build(
+    state: StateDict, decoder: dict[str, Tensor], dropouts: AWDLSTMConfig | None
+) -> AWDLSTMLanguageModel:
     layers = _read_layers(state)
-    sizes = _encoder_config(state, layers)
-    if config is not None:
-        # The sizes are the file's; the dropouts are the caller's.
-        names = ("embedding_p", "input_p", "weight_p", "hidden_p", "output_p")
-        sizes = AWDLSTMConfig(**{**vars(sizes), **{name: getattr(config, name) for name in names}})
-    words = state["encoder.weight"].size(0)
+    config = _read_config(state, layers, dropouts)
+    embedding = state["encoder.weight"]
     if "weight" not in decoder:
         raise ValueError(
             "state_dict has no decoder weight; for an encoder use the encoder's loader"
         )
-    if decoder["weight"].shape != state["encoder.weight"].shape:
-        raise ValueError(
-            f"the decoder's weight must have size {list(state['encoder.weight'].shape)}, "
-            f"got {list(decoder['weight'].shape)}"
-        )
-    tied = torch.equal(decoder["weight"], state["encoder.weight"])
-    model = AWDLSTMLanguageModel(words, sizes, tied=tied, bias="bias" in decoder)
-    model = model.to(state["encoder.weight"].dtype)
+    tied = torch.equal(decoder["weight"], embedding)
+    model = AWDLSTMLanguageModel(len(embedding), config, tied=tied, bias="bias" in decoder)
+    model = model.to(embedding.dtype)
     _fill_encoder(model.encoder, state, layers)
-    model.decoder.load_state_dict(dict(decoder))
+    _fill(model.decoder, decoder, "decoder.")
     return model.eval()
 
 
@@ -142,21 +151,25 @@ def load_fastai(
         ValueError: a tensor is absent, left over or of a size that does not fit.
     """
     state = _model_of(state_dict)
-    encoder = _strip(state, "0.")
-    encoder.pop("encoder_dp.emb.weight", None)  # the embedding once more
-    return _build(encoder, _strip(state, "1.decoder."), config)
+    known = ("0.", "1.decoder.")
+    unexpected = [name for name in state if not name.startswith(known)]
+    if unexpected:
+        raise ValueError(f"state_dict has an unexpected {unexpected[0]}")
+    encoder, decoder = (_strip(state, prefix) for prefix in known)
+    return _build(encoder, decoder, config)
 
 
 def load_fastai_encoder(
     state_dict: Mapping[str, Any], config: AWDLSTMConfig | None = None
 ) -> AWDLSTM:
     """An encoder from a file of fastai's ``Learner.save_encoder``; see :func:`load_fastai`."""
-    state = dict(_model_of(state_dict))
-    state.pop("encoder_dp.emb.weight", None)
-    # A decoder that is not looked at makes it a language model.
-    if "encoder.weight" not in state:
-        raise ValueError("state_dict has no 'encoder.weight'")
-    return _build(state, {"weight": state["encoder.weight"]}, config).encoder
+    state = _model_of(state_dict)
+    layers = _read_layers(state)
+    config = _read_config(state, layers, config)
+    embedding = state["encoder.weight"]
+    encoder = AWDLSTM(len(embedding), config).to(embedding.dtype)
+    _fill_encoder(encoder, state, layers)
+    return encoder.eval()
 
 
 def _encoder_names(encoder: AWDLSTM) -> dict[str, Tensor]:
@@ -170,13 +183,28 @@ def _encoder_names(encoder: AWDLSTM) -> dict[str, Tensor]:
     return named
 
 
+def _linear_decoder(model: AWDLSTMLanguageModel) -> nn.Linear:
+    """The decoder, or the error for one that has no row for each word."""
+    if not isinstance(model.decoder, nn.Linear):
+        raise ValueError("model must have a linear decoder, got one with an adaptive softmax")
+    return model.decoder
+
+
 def save_fastai(model: AWDLSTMLanguageModel) -> dict[str, Tensor]:
     """The state dict that fastai's language model of the same sizes loads with ``strict=True``.
 
     The inverse of :func:`load_fastai`. The tensors are the model's own, detached.
+
+    Raises:
+        ValueError: the model has an adaptive softmax, or another output size than its embedding's,
+            which fastai has not.
     """
+    decoder = _linear_decoder(model).state_dict()
+    output, embedding = model.config.output_size, model.config.embedding
+    if output != embedding:
+        raise ValueError(f"the last layer must have the embedding's size {embedding}, got {output}")
     named = {f"0.{name}": tensor for name, tensor in _encoder_names(model.encoder).items()}
-    return named | {f"1.decoder.{k}": v for k, v in model.decoder.state_dict().items()}
+    return named | {f"1.decoder.{name}": tensor for name, tensor in decoder.items()}
 
 
 def save_fastai_encoder(encoder: AWDLSTM) -> dict[str, Tensor]:
@@ -193,17 +221,23 @@ def load_awd_lstm_lm(
     ``rnns.0.module.weight_hh_l0_raw`` (``rnns.0.weight_hh_l0`` without weight dropout), ...
     """
     state = _model_of(state_dict)
-    return _build(state, _strip(state, "decoder."), config)
+    encoder = {name: v for name, v in state.items() if not name.startswith("decoder.")}
+    return _build(encoder, _strip(state, "decoder."), config)
 
 
 def save_awd_lstm_lm(model: AWDLSTMLanguageModel) -> dict[str, Tensor]:
-    """The state dict of awd-lstm-lm's ``RNNModel`` of the same sizes, with weight dropout."""
+    """The state dict of awd-lstm-lm's ``RNNModel`` of the same sizes, with weight dropout.
+
+    Raises:
+        ValueError: the model has an adaptive softmax (awd-lstm-lm's is another one).
+    """
+    decoder = _linear_decoder(model).state_dict()
     named = {"encoder.weight": model.encoder.embedding.weight.detach()}
     for index in range(len(model.encoder.rnns)):
         for name, tensor in model.encoder.rnns[index].state_dict().items():
             raw = "_raw" if name == "weight_hh_l0" else ""
             named[f"rnns.{index}.module.{name}{raw}"] = tensor
-    return named | {f"decoder.{k}": v for k, v in model.decoder.state_dict().items()}
+    return named | {f"decoder.{name}": tensor for name, tensor in decoder.items()}
 
 
 # ---- Vocabularies --------------------------------------------------------------------------------
@@ -274,7 +308,8 @@ def match_embeddings(
         new: the words that it is to have, by id.
 
     Raises:
-        ValueError: ``old`` has another number of words than the model, or ``new`` has none.
+        ValueError: ``old`` has another number of words than the model, or ``new`` has none; the
+            model has an adaptive softmax, whose clusters are those of the old words' frequencies.
     """
     encoder = model.encoder if isinstance(model, AWDLSTMLanguageModel) else model
     if len(old) != encoder.embedding.num_embeddings:
@@ -291,12 +326,15 @@ def match_embeddings(
         picked[known < 0] = rows.detach().mean(0)
         return nn.Parameter(picked, requires_grad=rows.requires_grad)
 
-    tied = isinstance(model, AWDLSTMLanguageModel) and model.tied
+    if isinstance(model, AWDLSTMLanguageModel):
+        decoder, tied = _linear_decoder(model), model.tied
     encoder.embedding.weight = carried(encoder.embedding.weight)
     encoder.embedding.num_embeddings = len(new)
+    if encoder.embedding.padding_idx is not None:
+        padding = old[encoder.embedding.padding_idx]
+        encoder.embedding.padding_idx = new.index(padding) if padding in new else None
     if isinstance(model, AWDLSTMLanguageModel):
-        own = encoder.embedding.weight if tied else carried(model.decoder.weight)
-        model.decoder.weight = own
-        if model.decoder.bias is not None:
-            model.decoder.bias = carried(model.decoder.bias)
-        model.decoder.out_features = len(new)
+        decoder.weight = encoder.embedding.weight if tied else carried(decoder.weight)
+        if decoder.bias is not None:
+            decoder.bias = carried(decoder.bias)
+        decoder.out_features = len(new)

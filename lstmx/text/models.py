@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 import lstmx
 from lstmx import reference
@@ -172,13 +173,24 @@ class ThirdWordFromTwo(LMModel2):
 
 
 class StatefulModel(nn.Module):
-    """Keeps a state between calls. It is no buffer: it belongs to a stream, not to the model."""
+    """Keeps a state between calls, which copies, pickles and moves with the model.
+
+    It is no buffer: it belongs to a stream, not to the model, so that it is in no state dict, and
+    DDP does not give all processes the first one's.
+    """
 
     h: Any = None
 
     def reset(self) -> None:
         """Forgets the state: a new stream begins."""
         self.h = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # What .to(), .cuda(), .half() and their like do to parameters. A model around another has
+        # no state of its own.
+        if self.__dict__.get("h") is not None:
+            self.h = tree_map_only(Tensor, fn, self.h)
+        return super()._apply(fn, recurse)
 
 
 class LMModel3(StatefulModel):

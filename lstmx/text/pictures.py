@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -13,10 +14,12 @@ matplotlib.use("Agg")  # files only: no display is needed
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import nn
 
 from lstmx.text.chapter import Run, find
 from lstmx.text.diagrams import DIAGRAMS
+from lstmx.text.fit import RateSearch
 from lstmx.text.memory import NAMES, MemoryResult
 
 
@@ -144,6 +147,78 @@ def memory(results: list[MemoryResult]) -> Figure:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, loc="center left")
+    figure.tight_layout()
+    return figure
+
+
+Log = Sequence[Mapping[str, float]]
+
+
+def _column(log: Log, name: str) -> tuple[list[float], list[float]]:
+    """The steps at which a log has a value, and the values."""
+    rows = [(row["step"], row[name]) for row in log if name in row]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def _smoothed(values: list[float], window: int) -> list[float]:
+    """The mean of each value and those before it: the loss of one batch is noisy."""
+    return [statistics.mean(values[max(0, i - window) : i + 1]) for i in range(len(values))]
+
+
+def training_curves(runs: Mapping[str, Log]) -> Figure:
+    """Losses, perplexity or accuracy of validation, and learning rate, by step.
+
+    Args:
+        runs: the log of each run, as of :func:`lstmx.text.fit.read_log`, by name.
+    """
+    classifiers = any("accuracy" in row for log in runs.values() for row in log)
+    measure = "accuracy" if classifiers else "perplexity"
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
+    for index, (name, log) in enumerate(runs.items()):
+        color = f"C{index}"
+        steps, losses = _column(log, "train_loss")
+        axes[0].plot(steps, losses, color=color, linewidth=0.8, alpha=0.25)
+        smooth = _smoothed(losses, len(losses) // 30)
+        axes[0].plot(steps, smooth, color=color, linewidth=2, label=f"{name}: training")
+        valid = {"color": color, "linestyle": "--", "marker": "o", "markersize": 4, "linewidth": 1}
+        axes[0].plot(*_column(log, "valid_loss"), label=f"{name}: validation", **valid)
+        axes[1].plot(*_column(log, measure), **{**valid, "linestyle": "-"})
+        axes[2].plot(*_column(log, "lr"), color=color, linewidth=2)
+    values = [value for log in runs.values() for value in _column(log, measure)[1]]
+    if not classifiers and values and max(values) > 10 * min(values):
+        axes[1].set_yscale("log")
+        axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[1].yaxis.set_major_formatter(ScalarFormatter())
+        axes[1].yaxis.set_minor_formatter(NullFormatter())
+    labels = ("loss (nats)", f"validation {measure}", "learning rate")
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def learning_rates(search: RateSearch) -> Figure:
+    """Loss by learning rate, and the rate at which it falls fastest."""
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    axis.plot(search.rates, search.losses, color="C0", linewidth=2)
+    axis.axvline(search.suggestion, color="gray", linestyle="--", linewidth=1)
+    axis.annotate(
+        f"falls fastest: {search.suggestion:.2g}",
+        (search.suggestion, max(search.losses)),
+        (4, 0),
+        textcoords="offset points",
+        color="gray",
+        fontsize=9,
+    )
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("training loss (nats), smoothed")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
     figure.tight_layout()
     return figure
 

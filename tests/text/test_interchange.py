@@ -165,13 +165,15 @@ def test_the_widths_of_1150_and_1152_load():
 class TheirModel(nn.Module):
     """awd-lstm-lm's RNNModel in eval mode; time comes first in it."""
 
-    def __init__(self, rnn, wrapped):
+    def __init__(self, rnn, wrapped, tied=True):
         super().__init__()
         self.encoder = nn.Embedding(WORDS, 6)
-        layers = [rnn(6, 10), rnn(10, 6)]
+        last = 6 if tied else 10  # as wide as the other layers, unless it has to fit
+        layers = [rnn(6, 10), rnn(10, last)]
         self.rnns = nn.ModuleList([Drop(layer) for layer in layers] if wrapped else layers)
-        self.decoder = nn.Linear(6, WORDS)
-        self.decoder.weight = self.encoder.weight
+        self.decoder = nn.Linear(last, WORDS)
+        if tied:
+            self.decoder.weight = self.encoder.weight
 
     def forward(self, ids):
         x = self.encoder(ids)
@@ -198,14 +200,29 @@ class Drop(nn.Module):
 
 @pytest.mark.parametrize("rnn", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_awd_lstm_lm_there_and_back(rnn, wrapped):
-    theirs = TheirModel(rnn, wrapped)
+@pytest.mark.parametrize("tied", [True, False])
+def test_awd_lstm_lm_there_and_back(rnn, wrapped, tied):
+    theirs = TheirModel(rnn, wrapped, tied)
     ours = load_awd_lstm_lm(theirs.state_dict())
     ids = torch.randint(WORDS, (9, 4))
     torch.testing.assert_close(ours(ids.t()).transpose(0, 1), theirs(ids))
-    again = TheirModel(rnn, True)
+    again = TheirModel(rnn, True, tied)
     again.load_state_dict(save_awd_lstm_lm(ours), strict=True)
     torch.testing.assert_close(again(ids), theirs(ids))
+    assert ours.tied is tied
+    if not tied:
+        with pytest.raises(ValueError, match="last layer must have the embedding's size 6, got 10"):
+            save_fastai(ours)
+
+
+@pytest.mark.parametrize("save", [save_fastai, save_awd_lstm_lm])
+def test_the_adaptive_softmax_has_no_names_there(save):
+    model = AWDLSTMLanguageModel(20, AWDLSTMConfig(16, 6, 2), tied=False, cutoffs=[9])
+    with pytest.raises(ValueError, match="must have a linear decoder, got one with an adaptive"):
+        save(model)
+    words = [str(i) for i in range(20)]
+    with pytest.raises(ValueError, match="must have a linear decoder"):
+        match_embeddings(model, words, words)
 
 
 def broken(change):
@@ -218,14 +235,32 @@ def broken(change):
     ("change", "words"),
     [
         (lambda s: s.pop("0.encoder.weight"), "no 'encoder.weight'"),
-        (lambda s: s.pop("0.rnns.1.weight_hh_l0_raw"), "lacks rnns.1.weight_hh_l0"),
+        (lambda s: s.pop("0.rnns.1.weight_hh_l0_raw"), "no 'rnns.1.weight_hh_l0'"),
         (lambda s: s.pop("1.decoder.weight"), "no decoder weight"),
         (
             lambda s: s.update({"0.rnns.2.module.bias_hh_l0": torch.ones(3)}),
             "rnns.2.bias_hh_l0 must",
         ),
         (lambda s: s.update({"0.rnns.5.module.bias_hh_l0": torch.ones(3)}), r"\[0, 1, 2, 5\]"),
-        (lambda s: s.update({"1.decoder.weight": torch.ones(3, 6)}), "decoder's weight must have"),
+        (
+            lambda s: s.update({"1.decoder.weight": torch.ones(3, 6)}),
+            r"decoder.weight must have size \[23, 6\], got \[3, 6\]",
+        ),
+        (
+            lambda s: s.update({"1.decoder.bias": torch.ones(3)}),
+            r"decoder.bias must have size \[23\], got \[3\]",
+        ),
+        (lambda s: s.update({"1.decoder.other": torch.ones(3)}), "unexpected decoder.other"),
+        (lambda s: s.update({"1.layers.0.weight": torch.ones(3)}), "unexpected 1.layers.0.weight"),
+        (lambda s: s.update({"0.module.weight": torch.ones(3)}), "unexpected module.weight"),
+        (
+            lambda s: s.update({"0.encoder.weight": torch.ones(3)}),
+            "must be a matrix, got size",
+        ),
+        (
+            lambda s: s.update({"0.rnns.0.weight_hh_l0_raw": torch.ones(20, 10)}),
+            r"rnns.0's recurrent weight must be \[4\*H, H\], got \[20, 10\]",
+        ),
         (lambda s: s.update({"1.decoder.weight": 3}), "names to tensors, got '1.decoder.weight'"),
         (lambda s: s.clear(), r"rnns.0, 1, ..., got \[\]"),
     ],
@@ -311,7 +346,37 @@ def test_other_encoders_keep_their_state(options):
 def test_config_errors():
     with pytest.raises(ValueError, match="cell must be 'lstm' or 'gru', got 'rnn'"):
         AWDLSTMConfig(cell="rnn")
-    with pytest.raises(ValueError, match="even if bidirectional"):
+    with pytest.raises(ValueError, match="embedding must be even if bidirectional"):
         AWDLSTMConfig(embedding=5, bidirectional=True)
     with pytest.raises(ValueError, match="at least 1"):
         AWDLSTMConfig(layers=0)
+
+
+def test_the_padding_stays_the_padding():
+    model = AWDLSTMLanguageModel(4, AWDLSTMConfig(4, 6, 1), padding_idx=2)
+    match_embeddings(model, ["a", "b", "pad", "c"], ["pad", "c"])
+    assert model.encoder.embedding.padding_idx == 0
+    match_embeddings(model, ["pad", "c"], ["c", "d"])
+    assert model.encoder.embedding.padding_idx is None
+
+
+def test_half_precision_files():
+    theirs = fastai().half()
+    ours = load_fastai(theirs.state_dict())
+    assert ours.decoder.weight.dtype == torch.float16
+    ids = torch.randint(WORDS, (2, 5))
+    torch.testing.assert_close(ours.float()(ids), theirs.float()(ids))
+
+
+def test_a_loaded_model_trains_and_is_saved_again():
+    ours = load_fastai(fastai().state_dict(), AWDLSTMConfig()).train()
+    torch.manual_seed(0)
+    ours(torch.randint(WORDS, (2, 5))).square().sum().backward()
+    with torch.no_grad():
+        for p in ours.parameters():
+            p -= 0.1 * p.grad
+    theirs = fastai()
+    theirs.load_state_dict(save_fastai(ours), strict=True)
+    ids = torch.randint(WORDS, (2, 5))
+    ours.reset()
+    torch.testing.assert_close(ours.eval()(ids), theirs(ids))
