@@ -131,20 +131,23 @@ def _world_size() -> int:
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Without advice on devices, on workers for batches in memory, and on short epochs."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             for message in (
                 ".*LeafSpec.*is deprecated",  # its own call
                 ".*does not have many workers",
                 ".*smaller than the logging interval",
+                ".*sync_dist=True",  # what is logged has been computed over all processes
             ):
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _trainer(config: RunConfig, **options: Any) -> pl.Trainer:
