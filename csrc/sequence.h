@@ -64,6 +64,7 @@ struct SequenceBackwardParams {
   void* dinitial[kMaxStates];       // [B, H] storage, or null
   void* dbias;                      // [kGrads*H] compute: column sums of dgates
   void* workspace;
+  bool packed;  // the workspace has W_hh already, from a call with the same B and H
 };
 
 // The cell for all steps at once, from both halves of the gates: for a backward whose forward kept

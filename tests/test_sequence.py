@@ -21,16 +21,44 @@ def assert_same(got, expected, names=None, **tolerance):
         )
 
 
-@pytest.mark.parametrize("case", cases.PARITY, ids=str)
+@pytest.mark.parametrize("case", cases.PARITY + cases.CPU_PATHS, ids=str)
 def test_float64_equals_reference_and_torch(case):
     got = run("lstmx", case)
     assert_same(got, run("reference", case), **FLOAT64)
     assert_same(got, run("torch", case), **FLOAT64)
 
 
-@pytest.mark.parametrize("case", cases.PARITY, ids=str)
+@pytest.mark.parametrize("case", cases.PARITY + cases.CPU_PATHS, ids=str)
 def test_float32_equals_torch(case):
     assert_same(run("lstmx", case, torch.float32), run("torch", case, torch.float32), **FLOAT32)
+
+
+@pytest.mark.parametrize("memory", ["high", "low"])
+@pytest.mark.parametrize("cell", cases.CELLS)
+def test_chunks_of_a_backward_hand_over_their_states(cell, memory):
+    """With gradients of the last states and none of y, all that moves passes from chunk to chunk."""
+    case = Case(cell, T=7, B=256, I=3, H=300 if memory == "high" else 20, memory=memory)
+    inputs = case.inputs(torch.float64, generator=torch.Generator().manual_seed(3))
+    pieces = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+
+    def last_state(inputs, step):
+        op = lstmx.lstm_sequence if cell == "lstm" else lstmx.gru_sequence
+        return (
+            op(**inputs | step, memory=memory)[1:-1]
+            if cell == "lstm"
+            else op(**inputs | step, memory=memory)[1:2]
+        )
+
+    whole = sum((s * s).sum() for s in last_state(inputs, {}))
+    states = {}
+    for x in pieces["x"].split(1):
+        last = last_state(pieces, {"x": x, **states})
+        states = dict(zip(("h0", "c0"), last, strict=False))
+    stepwise = sum((s * s).sum() for s in last)
+    got = torch.autograd.grad(whole, list(inputs.values()))
+    expected = torch.autograd.grad(stepwise, list(pieces.values()))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, **FLOAT64)
 
 
 def rms(t):
@@ -44,6 +72,11 @@ def rms(t):
         Case(cell, T=T, B=7, I=33, H=H, weight_dropout=p)
         for cell in cases.CELLS
         for T, H, p in ((12, 65, 0.0), (5, 17, 0.5), (33, 3, 0.0))
+    ]
+    + [
+        Case(cell, T=T, B=B, I=32, H=40, weight_dropout=0.5, memory=memory)
+        for cell in cases.CELLS
+        for T, B, memory in ((4, 33, "high"), (1, 20, "high"), (9, 64, "low"))
     ],
     ids=str,
 )
@@ -202,6 +235,40 @@ def test_cell_states_only_for_those_who_ask():
     y, _, c_n, c = lstmx.lstm_sequence(**inputs, cell_states=True)
     assert c.shape == y.shape
     assert torch.equal(c[-1], c_n)
+
+
+def _products_in_a_process(capability="avx512", **environment):
+    """Whether bfloat16 is as right as torch's, and how it is multiplied."""
+    program = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "import lstmx\n"
+        "from test_sequence import test_rounding_errors_are_at_most_twice_torchs as check\n"
+        "from cases import CELLS, Case\n"
+        "print(lstmx._C.bfloat16_products())\n"
+        "for cell in CELLS:\n"
+        "    for T, B, I, H in ((12, 7, 33, 65), (4, 40, 32, 130), (1, 20, 16, 40)):\n"
+        "        check(Case(cell, T, B, I, H, weight_dropout=0.5), torch.bfloat16)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, os.path.dirname(__file__)],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_bfloat16_is_right_however_it_is_multiplied():
+    """By an instruction, by oneDNN, as float32: what a processor lacks falls back to the last."""
+    assert _products_in_a_process("default") == "float32"
+    by_unit = _products_in_a_process(LSTMX_MATRIX_UNIT="1")
+    without = _products_in_a_process(LSTMX_MATRIX_UNIT="0")
+    assert (by_unit, without) in {
+        ("matrix unit", "pairs"),
+        ("float32", "float32"),  # a processor that only has float32
+        ("pairs", "pairs"),  # a torch that exports no brgemm
+    }
 
 
 CAPABILITIES = ["default", "avx2", "avx512"]

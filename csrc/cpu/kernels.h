@@ -39,7 +39,8 @@ struct ProductParams {
   int64_t b_row, b_column, b_rotation;
   void* c;
   int64_t c_row, c_rotation;
-  bool c_turned;  // it is c^T that is wanted: columns lie c_row apart
+  bool accumulate;  // add to c
+  bool c_turned;    // it is c^T that is wanted: columns lie c_row apart
   WeightDropout dropout;
   void* workspace;
 };
@@ -54,6 +55,7 @@ struct Kernels {
   CellKernels cells[kCells];
   ProductKernel gates;  // a, b storage; c compute
   ProductKernel grads;  // a as dgates; b, c storage
+  ProductKernel sums;   // a as dgates; b storage; c compute
   bool dgates_in_storage;
 };
 

@@ -360,7 +360,9 @@ class Product {
         with_lanes<T>(count - n, [&](auto lanes) {
           V value = load<T>(c + n);
           if (masked_) value = value * load<T>(factor + n, lanes);
-          store(at<C>(p_.c, to * p_.c_row + column + n), value, lanes);
+          C* sum = at<C>(p_.c, to * p_.c_row + column + n);
+          if (p_.accumulate) value = value + load<T>(sum, lanes);
+          store(sum, value, lanes);
         });
       }
     }
@@ -412,7 +414,7 @@ inline ProductParams turned(const ProductParams& p) {
 }
 inline bool better_turned(const ProductParams& p) {
   return p.m <= 128 && p.m < p.n && p.a_column == 1 && p.b_row == 1 && p.b_column > 1 &&
-         !p.dropout.seed && p.c_rotation == 0;
+         !p.dropout.seed && p.c_rotation == 0 && !p.accumulate;
 }
 
 // The same with so few rows that packing b does not pay: it is read once, where it lies.
@@ -422,7 +424,7 @@ class ThinProduct {
   using V = Vec<T>;
   static constexpr int kRows = 4, kColumns = 4;  // of a tile; columns are vectors, or rows of W
 
-  static bool fits(const ProductParams& p) { return p.m < 16 && !p.dropout.seed; }
+  static bool fits(const ProductParams& p) { return p.m < 16 && !p.dropout.seed && !p.accumulate; }
 
   explicit ThinProduct(const ProductParams& p) : p_(p), lda_(padded<T>(p.k)), carver_(p.workspace) {
     a_ = carver_.take<T>(p.m * lda_);

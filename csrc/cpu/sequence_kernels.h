@@ -307,7 +307,7 @@ class Backward {
 
   // panel[row of W_hh][vector][lane], masked. The panels of `vectors` are dealt out to the parts.
   void pack(Range vectors, int part, int parts) const {
-    if (!p_.w_hh) return;
+    if (!p_.w_hh || p_.packed) return;
     const Range panels =
         share((vectors.end - vectors.begin + kVectors - 1) / kVectors, part, parts);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
@@ -562,6 +562,7 @@ constexpr cpu::Kernels all_kernels() {
   return {{cell_kernels<Lstm, T, Storage, O>(), cell_kernels<Gru, T, Storage, O>()},
           product_kernel<T, O, Storage, Storage, T>(),
           product_kernel<T, O, O, Storage, Storage>(),
+          product_kernel<T, O, O, Storage, T>(),
           std::is_same_v<Storage, O>};
 }
 

@@ -44,7 +44,8 @@ char* map_pages(size_t bytes) {
   if (before > 0) munmap(data, before);
   munmap(data + before + bytes, kHugePage - before);
 #if defined(MADV_HUGEPAGE)
-  madvise(data + before, bytes, MADV_HUGEPAGE);  // a wish; nothing is lost if it is not granted
+  // A wish; nothing is lost if it is not granted.
+  if (bytes >= 2 * kHugePage) madvise(data + before, bytes, MADV_HUGEPAGE);
 #endif
   return data + before;
 }
@@ -123,7 +124,8 @@ class Store {
     }
     // What was too small makes room, so that all segments together stay near what is used at once.
     release_whole();
-    const size_t size = rounded(bytes, kHugePage);
+    // Small ones share a segment.
+    const size_t size = std::max(rounded(bytes, 16 * kGrain), kHugePage);
     char* data = map_pages(size);
     if (data == nullptr) throw std::bad_alloc();
     auto* piece = new Piece{data, size};

@@ -37,7 +37,7 @@ py::dict build_info() {
 }
 
 const char* bfloat16_products() {
-  if (!multiply_in_pairs()) return "float32";
+  if (!cpu::kernels(DType::kBFloat16, multiply_in_pairs()).dgates_in_storage) return "float32";
   return cpu::matrix_unit.multiply ? "matrix unit" : "pairs";
 }
 
