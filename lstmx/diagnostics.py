@@ -51,10 +51,13 @@ def _kernels() -> list[tuple[str, str]]:
     limit = os.environ.get("ATEN_CPU_CAPABILITY")
     capability = built.cpu_capability() + (f" (ATEN_CPU_CAPABILITY={limit})" if limit else "")
     openmp = "with" if info["openmp"] else "without"
+    bfloat16 = {"matrix unit": "by the matrix unit", "pairs": "in pairs"}
+    products = bfloat16.get(built.bfloat16_products(), "as float32")
     return [
         ("kernels", str(built.__file__)),
         ("built by", f"compiler {info['compiler']}, {openmp} OpenMP"),
         ("CPU kernels", f"{capability}, {torch.get_num_threads()} threads"),
+        ("", f"bfloat16 multiplied {products}"),
         ("CUDA kernels", info["cuda_architectures"] or "not built (LSTMX_CUDA)"),
     ]
 
