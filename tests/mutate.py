@@ -43,7 +43,8 @@ class Mutation:
 
 
 LSTM, GRU, PHILOX = "cells/lstm.h", "cells/gru.h", "philox.h"
-KERNELS, PRODUCT, TORCH = "cpu/sequence_kernels.h", "cpu/product.h", "torch/sequence_cpu.cpp"
+KERNELS, PACK, PRODUCT = "cpu/sequence_kernels.h", "cpu/pack.h", "cpu/product.h"
+TORCH = "torch/sequence_cpu.cpp"
 STEP, INPUTS, CUDA = "cuda/stepwise.cuh", "torch/inputs.cpp", "torch/sequence_cuda.cpp"
 
 # fmt: off
@@ -65,18 +66,24 @@ CPP = [
     Mutation(PHILOX, "key1 += 0xBB67AE85u", "key1 += 0xBB67AE84u"),
     Mutation(PHILOX, "p < 1 ? 1 / (1 - p) : 0", "1"),
     Mutation(PHILOX, "word >= threshold", "word < threshold"),
-    Mutation(KERNELS, "widen(w[i]) * factor[i]", "widen(w[i])"),
-    Mutation(KERNELS, "to[i] *= factor[i]", "to[i] *= T(1)"),
-    Mutation(KERNELS, "dnext[0] = dnext[0] + load<T>(c + i * c_stride)", "dnext[0] = dnext[0]"),
+    Mutation(PACK, "narrow(widen(from[i + j]) * kept[j], to[i + j])", "narrow(widen(from[i + j]), to[i + j])"),
+    Mutation(PACK, "rotated(k, rotation, depth) * ld", "k * ld"),
+    Mutation(KERNELS, "load<T>(c + g * V::kLanes) * scale", "load<T>(c + g * V::kLanes)"),
+    Mutation(KERNELS, "load<T>(c + i * c_stride) * scale", "load<T>(c + i * c_stride)"),
+    Mutation(KERNELS, "dnext[0] = dnext[0] + load<T>(c + i * c_stride) * scale", "dnext[0] = dnext[0]"),
     Mutation(KERNELS, "dnext[k] = dnext[k] + load<T>(at<Storage>(p_.dstates[k]", "dnext[k] = load<T>(at<Storage>(p_.dstates[k]"),
     Mutation(KERNELS, "at<Storage>(p_.dlast[k], row * H_)", "at<Storage>(static_cast<void*>(nullptr), row * H_)"),
     Mutation(KERNELS, "sum[g] = sum[g] + dgates[g]", "sum[g] = dgates[g]"),
     Mutation(KERNELS, "part < parts; ++part", "part < 1; ++part"),
     Mutation(KERNELS, "store(carry_[k] + inner, dprev[k])", "store(carry_[k] + inner, dnext[k])"),
     Mutation(KERNELS, "row < walk.next_rows ?", "row <= walk.next_rows ?"),
-    Mutation(KERNELS, "load<T>(c + g * V::kLanes) + bias_hh[g]", "load<T>(c + g * V::kLanes)"),
+    Mutation(KERNELS, "* scale + bias_hh[g]", "* scale"),
     Mutation(PRODUCT, "if (masked_) value = value * load<T>(factor + n, lanes);", ""),
     Mutation(PRODUCT, "s == 0 && accumulate", "false"),
+    Mutation(PRODUCT, "if (p_.accumulate) value = value + load<T>(sum, lanes);", ""),
+    Mutation(PRODUCT, "const int64_t to = rotated(row, p_.c_rotation, p_.m);", "const int64_t to = row;"),
+    Mutation(PRODUCT, "rotated(k, p_.b_rotation, p_.k) * p_.b_row", "k * p_.b_row"),
+    Mutation(PRODUCT, "t.c_turned = true;", "t.c_turned = false;"),
     Mutation(STEP, "dnext[0] += ref<V>(p.product, row * Hp + unit)", "dnext[0] += V(0)"),
     Mutation(STEP, "ref<V>(p.carry[0], inner) = dnext[0];", ""),
     Mutation(STEP, "ref<V>(p.carry[k], inner) = dprev[k]", "ref<V>(p.carry[k], inner) = dnext[k]"),
@@ -88,16 +95,19 @@ CPP = [
     Mutation("cuda/tf32_product.cu", "cp_async_wait<1>();\n    sync_block();", "cp_async_wait<1>();"),
 ]
 BINDING = [
-    Mutation(TORCH, "h_prev, dw_hh, in.dropout)", "h_prev, dw_hh)"),
-    Mutation(TORCH, "rotate(in.w_ih, 1)", "in.w_ih"),
-    Mutation(TORCH, "dw_ih = rotate(dw_ih, -1)", "dw_ih = rotate(dw_ih, 0)"),
+    Mutation(TORCH, "more.dropout = in_.dropout, more.accumulate = i > 0;", "more.accumulate = i > 0;"),
+    Mutation(TORCH, "more.c_rotation = 0;", "more.b_rotation = more.c_rotation = 0;"),
+    Mutation(TORCH, "more.b_rotation = 0, more.accumulate = i > 0;", "more.b_rotation = more.c_rotation = 0, more.accumulate = i > 0;"),
+    Mutation(TORCH, "dbias_ = i == 0 ? dbias : dbias_.add_(dbias)", "dbias_ = dbias"),
+    Mutation(TORCH, "i == 0 ? data_or_null(dlast_[k]) : carry_[k].const_data_ptr()", "data_or_null(dlast_[k])"),
+    Mutation(TORCH, "in_.shape.reverse ? end : begin - 1", "begin - 1"),
     Mutation(INPUTS, "grad(input_grads, input_rotation)", "grad(input_grads, 0)"),
     Mutation(INPUTS, "grad(hidden_grads, 0)", "grad(input_grads, 0)"),
-    Mutation(TORCH, "dgates.narrow(1, in.hidden_grads * in.H", "dgates.narrow(1, in.input_grads * in.H"),
+    Mutation(TORCH, "dgates.narrow(1, in_.hidden_grads * H", "dgates.narrow(1, in_.input_grads * H"),
     Mutation(INPUTS, "at::cat_out(joined, {inner, first})", "at::cat_out(joined, {first, inner})"),
-    Mutation(TORCH, "  if (in.dropout.seed) {\n    // As in forward", "  if (false) {\n    // As in forward"),
-    Mutation(TORCH, "{contiguous(grads[1]), contiguous(grads[2])}", "{std::nullopt, contiguous(grads[2])}"),
-    Mutation(TORCH, "{contiguous(grads[0]), contiguous(grads[3])}", "{contiguous(grads[0]), std::nullopt}"),
+    Mutation(TORCH, "if (!dropout.seed) return gates(h_prev, w_hh);", "if (true) return gates(h_prev, w_hh);"),
+    Mutation(TORCH, "dlast_[0] = contiguous(grads[1])", "dlast_[0] = std::nullopt"),
+    Mutation(TORCH, "dstates_[1] = contiguous(grads[3])", "dstates_[1] = std::nullopt"),
     Mutation("torch/autograd.cpp", "/*create_graph=*/true", "/*create_graph=*/false"),
     Mutation(CUDA, "in.finish(grad, in.H, 0, in.dropout)", "in.finish(grad, in.H, 0)"),
     Mutation(CUDA, "in.prepare(in.w_ih, in.input_rotation)", "in.prepare(in.w_ih, 0)"),

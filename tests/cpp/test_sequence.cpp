@@ -153,10 +153,11 @@ TEST(teams) {
 
 namespace {
 
-// Both operands in both layouts, with a mask.
+// Both operands in both layouts; with a mask, or rotated as far as that is offered. c is added to a
+// second time.
 template <class Storage, class C>
 void check_product(const cpu::ProductKernel& kernel, int64_t m, int64_t n, int64_t k, int layout,
-                   int threads) {
+                   bool masked, int threads) {
   const Buffer<Storage> a(normal_values(m * k)), b(normal_values(k * n));
   Buffer<C> c(m * n);
   cpu::ProductParams p{};
@@ -164,25 +165,34 @@ void check_product(const cpu::ProductKernel& kernel, int64_t m, int64_t n, int64
   p.a = a.data.get(), p.b = b.data.get(), p.c = c.data.get(), p.c_row = n;
   p.a_row = layout & 1 ? 1 : k, p.a_column = layout & 1 ? m : 1;
   p.b_row = layout & 2 ? 1 : n, p.b_column = layout & 2 ? k : 1;
-  p.dropout = {&kSeed, 0.5};
-  const Workspace workspace(kernel.workspace(p, threads));
-  p.workspace = workspace.data;
-  kernel.run(p, threads);
+  if (masked) p.dropout = {&kSeed, 0.5};
+  if (!masked && layout == 0 && k > 0) p.b_rotation = k / 3;
+  if (!masked && layout == 1) p.c_rotation = m / 3;
 
-  std::vector<float> mask(m * n);
-  cpu::kernels().mask_float(p.dropout, 0, m * n, mask.data());
+  std::vector<float> mask(m * n, 1.0f);
+  if (masked) cpu::kernels().mask_float(p.dropout, 0, m * n, mask.data());
   const Values a_values = a.values(), b_values = b.values();
   Values expected(m * n);
   for (int64_t i = 0; i < m; ++i) {
+    const int64_t row = (i + p.c_rotation) % m;
     for (int64_t j = 0; j < n; ++j) {
+      double sum = 0;
       for (int64_t l = 0; l < k; ++l) {
-        expected[i * n + j] +=
-            a_values[i * p.a_row + l * p.a_column] * b_values[l * p.b_row + j * p.b_column];
+        sum += a_values[i * p.a_row + l * p.a_column] *
+               b_values[(l + p.b_rotation) % k * p.b_row + j * p.b_column];
       }
-      expected[i * n + j] *= mask[i * n + j];
+      expected[row * n + j] = sum * mask[row * n + j];
     }
   }
-  CHECK(worst(c.values(), expected) < (sizeof(C) == 2 ? 5e-3 : 3e-4));
+  for (const bool accumulate : {false, true}) {
+    p.accumulate = accumulate;
+    const Workspace workspace(kernel.workspace(p, threads));
+    p.workspace = workspace.data;
+    kernel.run(p, threads);
+    Values times = expected;
+    for (auto& value : times) value *= accumulate ? 2 : 1;
+    CHECK(worst(c.values(), times) < (sizeof(C) == 2 ? 8e-3 : 3e-4));
+  }
 }
 
 }  // namespace
@@ -197,15 +207,17 @@ TEST(products) {
        {Size{1, 1, 1}, Size{7, 70, 33}, Size{130, 65, 300}, Size{5, 3, 0}, Size{300, 20, 1900}}) {
     for (const int layout : {0, 1, 2, 3}) {
       for (const int threads : {1, 3}) {
-        check_product<float, float>(floats.gates, m, n, k, layout, threads);
-        const auto check = [&] {
-          check_product<BFloat16, float>(pairs.gates, m, n, k, layout, threads);
-          check_product<BFloat16, BFloat16>(pairs.grads, m, n, k, layout, threads);
+        const auto check = [&](bool masked) {
+          check_product<BFloat16, float>(pairs.gates, m, n, k, layout, masked, threads);
+          check_product<BFloat16, BFloat16>(pairs.grads, m, n, k, layout, masked, threads);
         };
-        if (!pairs.dgates_in_storage) continue;
-        if (cpu::has_pair_instruction()) check();
-        const PlainMatrixUnit unit;
-        check();
+        for (const bool masked : {false, true}) {
+          check_product<float, float>(floats.gates, m, n, k, layout, masked, threads);
+          if (!pairs.dgates_in_storage) continue;
+          if (cpu::has_pair_instruction()) check(masked);
+          const PlainMatrixUnit unit;
+          check(masked);
+        }
       }
     }
   }
