@@ -36,7 +36,7 @@ def test_float32_equals_torch(case):
 @pytest.mark.parametrize("memory", ["high", "low"])
 @pytest.mark.parametrize("cell", cases.CELLS)
 def test_chunks_of_a_backward_hand_over_their_states(cell, memory):
-    """With gradients of the last states and none of y, all that moves passes from chunk to chunk."""
+    """With gradients of the last states and none of y, all that moves passes the borders."""
     case = Case(cell, T=7, B=256, I=3, H=300 if memory == "high" else 20, memory=memory)
     inputs = case.inputs(torch.float64, generator=torch.Generator().manual_seed(3))
     pieces = {name: t.detach().requires_grad_() for name, t in inputs.items()}
