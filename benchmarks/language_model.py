@@ -104,10 +104,10 @@ def read_corpus(text: Path, work: Path, tokens: int, vocabulary: int) -> Any:
     return Beginning(Corpus.open(folder), tokens)
 
 
-def finish(result: dict[str, Any], json: Path | None) -> None:
-    """Writes what was measured with what it was measured on."""
+def finish(result: dict[str, Any], json: Path | None, name: str = "language_model") -> None:
+    """Writes what was measured with what it was measured on; ``name`` is the program's."""
     if json is not None:
-        command = " ".join(["python -m benchmarks.language_model", *sys.argv[1:]])
+        command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
         write_json({"command": command, "environment": environment(), **result}, json)
         console.print(f"numbers: {json}")
 
@@ -130,7 +130,7 @@ Plot = Annotated[Path | None, typer.Option(help="Draw there.")]
 BUILD = Path("build/language-model")
 
 
-def _sizes(embedding: int, hidden: int, layers: int) -> dict[str, int]:
+def given_sizes(embedding: int, hidden: int, layers: int) -> dict[str, int]:
     given = {"embedding": embedding, "hidden": hidden, "layers": layers}
     return {name: value for name, value in given.items() if value}
 
@@ -307,7 +307,7 @@ def speed(
     for name in precision:
         if name not in known:
             raise typer.BadParameter(f"precision must be one of {', '.join(known)}, got {name!r}")
-    sizes = _sizes(embedding, hidden, layers)
+    sizes = given_sizes(embedding, hidden, layers)
     values = {"kind": "language-model", "data": {"source": str(text)}}
     config = parse_config(values | {"model": {"preset": preset, **sizes}})
     corpus = read_corpus(text, work, tokens, vocabulary)
@@ -396,7 +396,7 @@ def _learning_table(runs: dict[str, list[dict[str, Any]]], title: str) -> Table:
     return table
 
 
-def _config(
+def language_model_config(
     text: Path, model: dict[str, Any], batch_size: int, bptt: int, train: dict[str, Any]
 ) -> LanguageModelConfig:
     config = parse_config(
@@ -448,9 +448,9 @@ def curves(
     """Train on both from several seeds: the same curves, but for the seeds' noise?"""
     torch.set_num_threads(threads)
     corpus = read_corpus(text, work, tokens, vocabulary)
-    model = {"preset": preset, "drop_mult": drop_mult, **_sizes(embedding, hidden, layers)}
+    model = {"preset": preset, "drop_mult": drop_mult, **given_sizes(embedding, hidden, layers)}
     train = {"epochs": epochs, "lr": lr, "precision": precision}
-    config = _config(text, model, batch_size, bptt, train)
+    config = language_model_config(text, model, batch_size, bptt, train)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in BACKENDS}
     for seed, seeded in _seeded(config, seeds):
         for name, callbacks in BACKENDS.items():
@@ -522,9 +522,9 @@ def ablation(
     torch.set_num_threads(threads)
     find_preset(preset)
     corpus = read_corpus(text, work, tokens, vocabulary)
-    model = {"preset": preset, "drop_mult": drop_mult, **_sizes(embedding, hidden, layers)}
+    model = {"preset": preset, "drop_mult": drop_mult, **given_sizes(embedding, hidden, layers)}
     train = {"epochs": epochs, "lr": lr}
-    base = _config(text, model, batch_size, bptt, train)
+    base = language_model_config(text, model, batch_size, bptt, train)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ABLATIONS}
     for number, (name, changes) in enumerate(ABLATIONS.items()):
         for seed, config in _seeded(updated(base, changes), seeds):

@@ -14,6 +14,8 @@ from benchmarks import report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = ROOT / "docs" / "pictures"
+ABSENT = "Not measured yet."
 
 
 def _rows(header: list[str], rows: list[list[str]]) -> str:
@@ -107,8 +109,194 @@ def speed() -> str:
     return "\n\n".join(parts)
 
 
-TABLES = {"chapter": chapter, "speed": speed, "gru": gru}
-PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial" / "questionnaire.md"]
+# ---- docs/results.md -----------------------------------------------------------------------------
+
+
+def _measured(pattern: str) -> list[tuple[str, dict]]:
+    """The results whose file matches, by name."""
+    return [(file.stem, json.loads(file.read_text())) for file in sorted(RESULTS.glob(pattern))]
+
+
+def _source(name: str, result: dict) -> str:
+    """A picture if there is one, the command, and a link to the numbers."""
+    machine = result["environment"]
+    parts = [f"    {result['command']}"]
+    if (PICTURES / f"{name}.png").exists():
+        parts.insert(0, f"![{name}](pictures/{name}.png)")
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)} of "
+    parts.append(
+        f"[All numbers](../benchmarks/results/{name}.json): {threads if 'runs' in result else ''}"
+        f"{machine['processor']}, {machine['cores']} cores, {machine['instruction_set']}, "
+        f"torch {machine['torch']}."
+    )
+    return "\n\n".join(parts)
+
+
+def _sizes(settings: dict) -> str:
+    names = {"embedding": "embedding", "hidden": "hidden", "drop_mult": "`drop_mult`"}
+    words = [f"{word} {settings[key]}" for key, word in names.items() if key in settings]
+    if "tokens" in settings:
+        words += [f"{settings['tokens']:,} tokens", f"{settings['epochs']} epochs"]
+    words += [f"a vocabulary of {settings['vocabulary']:,}"]
+    return ", ".join([*words, f"batches of {settings['batch_size']} × {settings['bptt']}"])
+
+
+def _plus_minus(values: list[float], digits: int = 3) -> str:
+    """The mean, and the standard deviation where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def language_model_curves() -> str:
+    """Validation losses on torch.nn and on lstmx, for each preset."""
+    parts = []
+    for name, result in _measured("language-model-curves-*.json"):
+        settings, runs = result["settings"], result["runs"]
+        rows = []
+        for epoch, row in enumerate(result["valid_loss_by_epoch"]):
+            losses = {key: [run["valid_loss"][epoch] for run in runs[key]] for key in runs}
+            error = row["deviation"] / len(losses["lstmx"]) ** 0.5
+            cells = [_plus_minus(losses[key]) for key in ("torch", "lstmx")]
+            cells += [f"{row['difference']:+.3f}", f"{row['difference'] / error:+.1f}"]
+            rows.append([str(epoch + 1), *cells])
+        header = ["epoch", "`torch.nn`", "lstmx", "difference", "in standard errors"]
+        words = f"`{settings['preset']}`, {settings['precision']}: {_sizes(settings)}."
+        parts += [words, _rows(header, rows), _source(name, result)]
+    return "\n\n".join(parts) or ABSENT
+
+
+# Times as fast as torch.nn that training is meant to be.
+AIMS = {"float32": 1.3, "bf16-mixed": 2.0, "bf16-true": 2.0}
+
+
+def language_model_speed() -> str:
+    """Tokens per second of training on both."""
+    parts = []
+    for name, result in _measured("language-model-speed*.json"):
+        rows = []
+        for row in result["results"]:
+            rates = [row[key]["tokens_per_second"]["median"] for key in ("torch", "lstmx")]
+            ratio, aim = row["ratio"], AIMS[row["precision"]]
+            reached = "reached" if ratio["median"] >= aim else "not reached"
+            rows.append(
+                [
+                    f"{row['precision']}, {row['threads']} thread{'s' * (row['threads'] > 1)}",
+                    *(f"{rate:,.0f}" for rate in rates),
+                    f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+                    f"{aim:g}: {reached}",
+                    f"{row['ratio_of_layers']['median']:.2f}",
+                    f"{row['torch']['share']['layers']:.0%}",
+                    f"{row['bound']:.2f}" if row["bound"] else "",
+                ]
+            )
+        header = ["", "`torch.nn`, tokens/s", "lstmx, tokens/s", "ratio (quartiles)", "aim"]
+        header += ["ratio of the layers alone", "their share of torch's step", "bound"]
+        words = f"`{result['settings']['preset']}`: {_sizes(result['settings'])}."
+        parts += [words, _rows(header, rows), _source(name, result)]
+    return "\n\n".join(parts) or ABSENT
+
+
+# What is judged, the run with it, the run without it.
+JUDGED = {
+    "dropout": ("all (AdamW, one cycle)", "no dropout"),
+    "weight dropout": ("all (AdamW, one cycle)", "no weight dropout"),
+    "AR and TAR": ("all (AdamW, one cycle)", "no AR, no TAR"),
+    "averaging, with SGD": ("NT-ASGD", "SGD without averaging"),
+    "NT-ASGD in place of AdamW": ("NT-ASGD", "all (AdamW, one cycle)"),
+}
+
+
+def _noise() -> float | None:
+    """Two standard deviations of the difference of two runs that only their seeds tell apart."""
+    groups = [
+        [run["best_valid_loss"] for run in runs]
+        for _, result in _measured("language-model-curves-*.json")
+        for runs in result["runs"].values()
+        if len(runs) > 1
+    ]
+    if not groups:
+        return None
+    return 2 * (2 * statistics.mean(statistics.variance(group) for group in groups)) ** 0.5
+
+
+def language_model_ablation() -> str:
+    """What each part of the recipe is worth at this size."""
+    parts = []
+    for name, result in _measured("language-model-ablation*.json"):
+        runs = result["runs"]
+        best = {key: [run["best_valid_loss"] for run in runs[key]] for key in runs}
+        rows = [
+            [
+                key,
+                _plus_minus(best[key]),
+                _plus_minus([run["test_perplexity"] for run in runs[key]], 1),
+            ]
+            for key in runs
+        ]
+        seeds = len(next(iter(runs.values())))
+        noise = _noise()
+        if noise is not None:
+            noise /= seeds**0.5
+        judged = []
+        for part, (with_it, without) in JUDGED.items():
+            gain = statistics.mean(best[without]) - statistics.mean(best[with_it])
+            verdict = "helps" if gain > 0 else "does not help: it is worse"
+            if noise is not None and abs(gain) < noise:
+                verdict = "not seen to help: within the noise"
+            judged.append([part, f"{gain:+.3f}", verdict])
+        settings = result["settings"]
+        words = f"`{settings['preset']}`: {_sizes(settings)}; {seeds} seed{'s' * (seeds > 1)}."
+        parts += [words, _rows(["run", "best validation loss", "test perplexity"], rows)]
+        if noise is not None:
+            parts.append(
+                "By the runs above, what differs only in its seeds differs by less than "
+                f"{noise:.3f} about nineteen times in twenty. Measured against that:"
+            )
+        header = ["at this size", "gain in validation loss", "verdict"]
+        parts += [_rows(header, judged), _source(name, result)]
+    return "\n\n".join(parts) or ABSENT
+
+
+def text_classifier() -> str:
+    """Test accuracy fine-tuned and from scratch."""
+    parts = []
+    for name, result in _measured("text-classifier*.json"):
+        data = result["data"]
+        rows = []
+        for row in result["results"]:
+            cells = [str(row["documents"] or "all"), str(row["training_documents"])]
+            for key in ("scratch", "fine-tuned"):
+                cells.append(_plus_minus([run["test_accuracy"] for run in row["runs"][key]]))
+            gains = row["gain"]["by_seed"]
+            cells.append(_plus_minus(gains))
+            cells.append(f"{min(gains):+.3f} to {max(gains):+.3f}")
+            rows.append(cells)
+        seeds = len(result["results"][0]["gain"]["by_seed"])
+        header = ["passages of each book", "in all", "from scratch", "fine-tuned", "gain", "range"]
+        words = (
+            f"Accuracy on {data['test_documents']} test passages of {len(data['classes'])} books, "
+            f"mean and standard deviation over {seeds} seeds; always saying the largest class "
+            f"would be right for {data['largest_class_of_test']:.3f}. "
+            f"The language model: {_sizes(result['settings'])}."
+        )
+        parts += [words, _rows(header, rows), _source(name, result)]
+    return "\n\n".join(parts) or ABSENT
+
+
+TABLES = {
+    "chapter": chapter,
+    "speed": speed,
+    "gru": gru,
+    "language_model_curves": language_model_curves,
+    "language_model_speed": language_model_speed,
+    "language_model_ablation": language_model_ablation,
+    "text_classifier": text_classifier,
+}
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs" / "results.md",
+    ROOT / "docs" / "tutorial" / "questionnaire.md",
+]
 
 
 def updated(text: str) -> str:

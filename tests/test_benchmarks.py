@@ -192,6 +192,123 @@ def test_the_table_of_speed(monkeypatch, tmp_path):
     assert lines[start + 2 : start + 6] == table
 
 
+# What documents say of a machine and of sizes.
+MACHINE = {
+    "processor": "abacus",
+    "cores": 2,
+    "instruction_set": "beads",
+    "torch": "2",
+    "threads": 1,
+}
+SETTINGS = {"preset": "fastai_lm", "vocabulary": 10, "batch_size": 2, "bptt": 3, "hidden": 8}
+SETTINGS |= {"precision": "32-true", "tokens": 5000, "epochs": 1}
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """Writes results where the tables look for them, and pictures beside them."""
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "PICTURES", tmp_path)
+
+    def write(name, **values):
+        values = {
+            "command": "python -m this",
+            "environment": MACHINE,
+            "settings": SETTINGS,
+        } | values
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+
+    return write
+
+
+def learned(*losses):
+    return [{"valid_loss": [x], "best_valid_loss": x, "test_perplexity": 9.0} for x in losses]
+
+
+def curves_of(*ours):
+    runs = {"torch": learned(4.0, 4.1, 4.2), "lstmx": learned(*ours)}
+    return {"runs": runs, "valid_loss_by_epoch": [{"difference": 0.2, "deviation": 0.1 * 2**0.5}]}
+
+
+def test_the_table_of_curves(results, tmp_path):
+    results("language-model-curves-fastai", **curves_of(4.2, 4.3, 4.4))
+    found = readme.language_model_curves()
+    assert "| 1 | 4.100 ± 0.100 | 4.300 ± 0.100 | +0.200 | +2.4 |" in found.splitlines()
+    assert "    python -m this" in found.splitlines()
+    assert "5,000 tokens" in found
+    assert "![" not in found
+    (tmp_path / "language-model-curves-fastai.png").write_bytes(b"")
+    results("language-model-curves-merity", **curves_of(4.2, 4.3, 4.4))
+    found = readme.language_model_curves()
+    assert found.count("pictures/language-model-curves-fastai.png") == 1
+    assert found.count("| 1 | 4.100") == 2
+
+
+def test_the_table_of_the_language_models_speed(results):
+    def row(precision, threads, ratio, bound):
+        rates = {"tokens_per_second": {"median": 1000.0}, "share": {"layers": 0.75}}
+        middle = {"low": ratio - 0.1, "median": ratio, "high": ratio + 0.1}
+        row = {"precision": precision, "threads": threads, "ratio": middle, "bound": bound}
+        return row | {"ratio_of_layers": middle, "torch": rates, "lstmx": rates}
+
+    rows = [row("float32", 1, 1.4, 4.0), row("bf16-mixed", 2, 1.5, None)]
+    results("language-model-speed", results=rows)
+    lines = readme.language_model_speed().splitlines()
+    assert (
+        "| float32, 1 thread | 1,000 | 1,000 | 1.40 (1.30 to 1.50) | 1.3: reached | 1.40 | 75% "
+        "| 4.00 |"
+    ) in lines
+    assert (
+        "| bf16-mixed, 2 threads | 1,000 | 1,000 | 1.50 (1.40 to 1.60) | 2: not reached | 1.50 "
+        "| 75% |  |"
+    ) in lines
+
+
+@pytest.mark.parametrize("with_curves", [False, True])
+def test_the_table_of_what_helps(results, with_curves):
+    losses = {
+        "all (AdamW, one cycle)": 4.0,
+        "no dropout": 5.0,
+        "no weight dropout": 3.0,
+        "no AR, no TAR": 4.1,
+        "NT-ASGD": 4.3,
+        "SGD without averaging": 4.9,
+    }
+    results("language-model-ablation", runs={name: learned(x) for name, x in losses.items()})
+    if with_curves:  # two standard deviations of a difference: 0.283
+        results("language-model-curves-fastai", **curves_of(4.2, 4.3, 4.4))
+    lines = readme.language_model_ablation().splitlines()
+    assert "| no AR, no TAR | 4.100 | 9.0 |" in lines
+    assert "| dropout | +1.000 | helps |" in lines
+    assert "| weight dropout | -1.000 | does not help: it is worse |" in lines
+    small = "not seen to help: within the noise" if with_curves else "helps"
+    assert f"| AR and TAR | +0.100 | {small} |" in lines
+    assert "| averaging, with SGD | +0.600 | helps |" in lines
+    assert any("less than 0.283" in line for line in lines) == with_curves
+
+
+def test_the_table_of_the_classifier(results):
+    def runs(*accuracies):
+        return [{"test_accuracy": value} for value in accuracies]
+
+    row = {"documents": 25, "training_documents": 200, "gain": {"by_seed": [0.1, 0.3]}}
+    row["runs"] = {"fine-tuned": runs(0.6, 0.8), "scratch": runs(0.5, 0.5)}
+    data = {"test_documents": 9, "classes": ["a", "b"], "largest_class_of_test": 0.4}
+    results("text-classifier", data=data, results=[row])
+    lines = readme.text_classifier().splitlines()
+    cells = "0.500 ± 0.000 | 0.700 ± 0.141 | 0.200 ± 0.141 | +0.100 to +0.300"
+    assert f"| 25 | 200 | {cells} |" in lines
+
+
+@pytest.mark.usefixtures("results")
+@pytest.mark.parametrize("name", [name for name in readme.TABLES if "_" in name])
+def test_a_table_of_nothing(name):
+    page = f"<!-- {name} -->\n<!-- /{name} -->"
+    filled = readme.updated(page)
+    assert filled == f"<!-- {name} -->\n{readme.ABSENT}\n<!-- /{name} -->"
+    assert readme.updated(filled) == filled
+
+
 def test_the_command_line(tmp_path):
     """Parts add up in one file; what it has is left out with --resume; tables fit 100 columns."""
     path, plot = tmp_path / "bench.json", tmp_path / "bench.png"
