@@ -136,7 +136,8 @@ def _sizes(settings: dict) -> str:
     names = {"embedding": "embedding", "hidden": "hidden", "drop_mult": "`drop_mult`"}
     words = [f"{word} {settings[key]}" for key, word in names.items() if key in settings]
     if "tokens" in settings:
-        words += [f"{settings['tokens']:,} tokens", f"{settings['epochs']} epochs"]
+        epochs = settings["epochs"]
+        words += [f"{settings['tokens']:,} tokens", f"{epochs} epoch{'s' * (epochs > 1)}"]
     words += [f"a vocabulary of {settings['vocabulary']:,}"]
     return ", ".join([*words, f"batches of {settings['batch_size']} × {settings['bptt']}"])
 
