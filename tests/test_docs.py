@@ -1,9 +1,11 @@
 """Every block of Python and every command in the documents runs, every link leads somewhere."""
 
+import concurrent.futures
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 from benchmarks import readme
 from lstmx.cli import app
 from lstmx.text.config import read_config
+from lstmx.text.storage import load_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -70,6 +73,34 @@ def test_commands_run(name, tmp_path, monkeypatch):
         else:
             output = _run_as_typed(line, tmp_path)
         assert output, line
+
+
+SMALL_RUN = """kind = "language-model"
+data = { source = "corpus", batch_size = 16 }
+model = { embedding = 32, hidden = 48, layers = 2 }
+train = { epochs = 1 }
+"""
+
+
+@pytest.mark.slow
+def test_the_command_for_several_machines_runs(tmp_path):
+    """Typed twice here, as on two machines that meet on this one, with one process each."""
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    typed = re.search(r"^    (torchrun --nnodes 2(?:.*\\\n)*.*)$", page, re.MULTILINE)
+    assert typed is not None
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    line = typed[1].replace("\\\n", " ").replace("--nproc-per-node 8", "--nproc-per-node 1")
+    line = line.replace("first-machine:29500", f"localhost:{port}")
+    line = line.replace("/shared/run", "run")
+    shutil.copytree(ROOT / "tests" / "data" / "kjv", tmp_path / "text")
+    _run_as_typed("lstmx prepare text corpus --kind raw-word --min-count 2", tmp_path)
+    (tmp_path / "config.toml").write_text(SMALL_RUN)
+    with concurrent.futures.ThreadPoolExecutor(2) as machines:
+        outputs = list(machines.map(lambda _: _run_as_typed(line, tmp_path), range(2)))
+    assert sum("model: run/model.safetensors" in output for output in outputs) == 1
+    assert load_model(tmp_path / "run" / "model.safetensors").model is not None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
