@@ -48,6 +48,7 @@ struct SequenceForwardParams {
   void* saved;  // [N, kSaved*H] storage, or null; where storage is compute, x_gates may be its
                 // first columns (a row's gates are read before they are overwritten)
   void* workspace;
+  bool packed;  // the workspace has the weights already, from a call with at least as many rows
 };
 
 struct SequenceBackwardParams {
@@ -67,19 +68,17 @@ struct SequenceBackwardParams {
   bool packed;  // the workspace has W_hh already, from a call with the same B and H
 };
 
-// The cell for all steps at once, from both halves of the gates: for a backward whose forward kept
-// only the states, and for a sequence of one step.
-struct PointwiseParams {
-  SequenceShape shape;
-  const void* x_gates;              // [N, G*H] compute: x W_ih^T
-  const void* h_gates;              // [N, G*H] compute: h_{t-1} W_hh^T
+// One step, from both halves of its gates: packing weights would not pay.
+struct StepParams {
+  SequenceShape shape;              // T = 1
+  const void* x_gates;              // [B, G*H] compute: x W_ih^T
+  const void* h_gates;              // [B, G*H] compute: h W_hh^T
   const void* b_ih;                 // [G*H] storage, or null
   const void* b_hh;                 // [G*H] storage, or null
   const void* initial[kMaxStates];  // [B, H] storage
-  const void* states[kMaxStates];   // [N, H] storage; not read at T = 1
-  void* next[kMaxStates];           // [B, H] storage, or null: the states after T = 1 ...
+  void* states[kMaxStates];         // [B, H] storage, or null: the states after it ...
   void* last[kMaxStates];           // [B, H] storage, or null: ... and once more
-  void* saved;                      // [N, kSaved*H] storage, or null
+  void* saved;                      // [B, kSaved*H] storage, or null
 };
 
 }  // namespace lstmx

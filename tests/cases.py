@@ -108,7 +108,8 @@ PARITY = [
 ]
 
 # What the CPU does otherwise there: the input multiplied within each step, backward in chunks of
-# steps, tiles cut between threads, few rows that meet weights where they lie.
+# steps, tiles cut between threads, few rows that meet weights where they lie, large weights that are
+# packed in parts.
 CPU_PATHS = [
     *_both_cells(T=5, B=40, I=24, H=70, weight_dropout=0.5),
     *_both_cells(T=3, B=36, I=7, H=130, reverse=True),
@@ -117,6 +118,7 @@ CPU_PATHS = [
     *_both_cells(T=9, B=64, I=8, H=33, memory="low", reverse=True),
     *_both_cells(T=1, B=64, I=70, H=90, weight_dropout=0.5),
     *_both_cells(T=1, B=5, I=300, H=19),
+    *_both_cells(T=1, B=20, I=700, H=800),
 ]
 
 # The shapes of the field: AWD-LSTM's layers, the chapter's, cuDNN's favourites, and odd ones.

@@ -105,7 +105,7 @@ BINDING = [
     Mutation(INPUTS, "grad(hidden_grads, 0)", "grad(input_grads, 0)"),
     Mutation(TORCH, "dgates.narrow(1, in_.hidden_grads * H", "dgates.narrow(1, in_.input_grads * H"),
     Mutation(INPUTS, "at::cat_out(joined, {inner, first})", "at::cat_out(joined, {first, inner})"),
-    Mutation(TORCH, "if (!dropout.seed) return gates(h_prev, w_hh);", "if (true) return gates(h_prev, w_hh);"),
+    Mutation(TORCH, "if (!dropout.seed) return gates(initial[0], w_hh);", "if (true) return gates(initial[0], w_hh);"),
     Mutation(TORCH, "dlast_[0] = contiguous(grads[1])", "dlast_[0] = std::nullopt"),
     Mutation(TORCH, "dstates_[1] = contiguous(grads[3])", "dstates_[1] = std::nullopt"),
     Mutation("torch/autograd.cpp", "/*create_graph=*/true", "/*create_graph=*/false"),

@@ -132,6 +132,29 @@ def test_several_threads_at_once():
     assert not wrong
 
 
+@pytest.mark.parametrize("room", ["none", "little"])
+def test_without_room_for_the_store_memory_comes_from_elsewhere(room):
+    printed = printed_by(
+        "import resource, torch, lstmx\n"
+        "from lstmx import _C\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        f"most = used + used // {2 if room == 'little' else 10}\n"  # a quarter of it is asked for
+        "_, hard = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, hard))\n"
+        "_C.cached_bytes()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (hard, hard))\n"
+        "net = lstmx.LSTM(16, 128)\n"
+        "x = torch.randn(64, 128, 16)\n"
+        "size = 64 * 128 * 128 * 4 * 6\n"
+        "held = [net(x) for _ in range(most // 4 // size + 5)]\n"
+        "assert all(torch.equal(y, held[0][0]) for y, _ in held)\n"
+        "del held\n"
+        "print(_C.cached_bytes() // size)\n"
+    )
+    blocks = int(printed)
+    assert blocks == 0 if room == "none" else blocks > 0
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_fork():
     expected = forward()[1].sum().item()

@@ -74,9 +74,14 @@ def rms(t):
         for T, H, p in ((12, 65, 0.0), (5, 17, 0.5), (33, 3, 0.0))
     ]
     + [
-        Case(cell, T=T, B=B, I=32, H=40, weight_dropout=0.5, memory=memory)
+        Case(cell, T=T, B=B, I=32, H=H, weight_dropout=0.5, memory=memory)
         for cell in cases.CELLS
-        for T, B, memory in ((4, 33, "high"), (1, 20, "high"), (9, 64, "low"))
+        for T, B, H, memory in (
+            (4, 33, 40, "high"),
+            (1, 20, 40, "high"),
+            (9, 64, 40, "low"),
+            (9, 200, 300, "high"),  # in chunks
+        )
     ],
     ids=str,
 )

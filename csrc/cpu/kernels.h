@@ -24,7 +24,7 @@ struct CellKernels {
   void (*forward)(const SequenceForwardParams&, int threads);
   int64_t (*backward_workspace)(const SequenceShape&, int threads);
   void (*backward)(const SequenceBackwardParams&, int threads);
-  void (*pointwise)(const PointwiseParams&, int threads);
+  void (*step)(const StepParams&, int threads);
   Plan (*plan)(const SequenceShape&, int threads);
 };
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 #include "mask.h"
@@ -235,9 +236,10 @@ class Product {
         // Packed rows must not all map to the same cache set.
         lda_(grouped<O>(depth_.length) + 17 * kGroup<O>),
         panel_count_((p.n + kWidth - 1) / kWidth),
+        group_(panels_at_once()),
         parts_(p.m * p.n * p.k < 100000 ? 1 : threads),
         carver_(p.workspace) {
-    panels_ = carver_.take<O>(padded<T>(p.n) * terms_);
+    panels_ = carver_.take<O>(std::min(group_ * kWidth, padded<T>(p.n)) * terms_);
     if (!direct_) blocks_ = carver_.take<O>(threads * block_size());
     scratch_ = carver_.take<T>(threads * scratch_size());
     masked_ = p.dropout.seed != nullptr && p.workspace != nullptr;
@@ -247,10 +249,20 @@ class Product {
   int64_t workspace_bytes() const { return carver_.used(); }
 
   void run(int member, int team) {
-    const Range mine = share(panel_count_, member, team);
-    for (int64_t panel = mine.begin; panel < mine.end; ++panel) pack(panel);
-    barrier_.wait(team);
+    for (int64_t first = 0; first < panel_count_; first += group_) {
+      const Range group = {first, std::min(first + group_, panel_count_)};
+      const Range mine = share(group.end - group.begin, member, team);
+      if (first > 0) barrier_.wait(team);
+      for (int64_t i = mine.begin; i < mine.end; ++i) pack(first + i, panel_at(i));
+      barrier_.wait(team);
+      multiply_group(group, member, team);
+    }
+    release_unit<O>();
+  }
 
+ private:
+  // All rows times the panels of a group, which are packed.
+  void multiply_group(Range group, int member, int team) {
     O* block = direct_ ? nullptr : blocks_ + member * block_size();
     T* scratch = scratch_ + member * scratch_size();
     for (int part = member; part < parts_; part += team) {
@@ -259,53 +271,58 @@ class Product {
       for (int64_t i = 0; i < blocks; ++i) {
         const Range in_part = share(rows.end - rows.begin, int(i), int(blocks));
         const int64_t first = rows.begin + in_part.begin, count = in_part.end - in_part.begin;
-        for (int64_t d = 0; d < depth_.parts; ++d) multiply_block(first, count, d, block, scratch);
+        for (int64_t d = 0; d < depth_.parts; ++d) {
+          multiply_block(group, first, count, d, block, scratch);
+        }
       }
     }
-    release_unit<O>();
   }
 
- private:
   // The same for a block of rows, of which part d is packed first if need be.
-  void multiply_block(int64_t first, int64_t count, int64_t d, O* block, T* scratch) {
+  void multiply_block(Range group, int64_t first, int64_t count, int64_t d, O* block, T* scratch) {
     const Range depth = depth_.part(d);
     const int64_t known = std::min(p_.k, depth.end) - depth.begin;
     if (direct_) {
-      multiply<Layout::kByRows>(at<O>(p_.a, first * p_.a_row), p_.a_row, first, count, d, scratch);
+      multiply<Layout::kByRows>(group, at<O>(p_.a, first * p_.a_row), p_.a_row, first, count, d,
+                                scratch);
     } else if (p_.a_column == 1) {
       pack_rows(first, count, depth, block);
-      multiply<Layout::kByRows>(block - depth.begin, lda_, first, count, d, scratch);
+      multiply<Layout::kByRows>(group, block - depth.begin, lda_, first, count, d, scratch);
     } else if (by_unit<O>()) {
       if constexpr (kGroup<O> > 1) {
         turn_rows(at<A>(p_.a, depth.begin * p_.a_column + first), p_.a_column, count, known,
                   depth.end - depth.begin, block, lda_);
       }
-      multiply<Layout::kByRows>(block - depth.begin, lda_, first, count, d, scratch);
+      multiply<Layout::kByRows>(group, block - depth.begin, lda_, first, count, d, scratch);
     } else {
       const int64_t lda = padded<T>(count);
       pack_straight<kRowBlock + V::kLanes>(at<A>(p_.a, depth.begin * p_.a_column + first),
                                            p_.a_column, count, known, 0, 0, Mask{}, 0, lda, block);
-      multiply<Layout::kTurned>(block - depth.begin * lda, lda, first, count, d, scratch);
+      multiply<Layout::kTurned>(group, block - depth.begin * lda, lda, first, count, d, scratch);
     }
   }
 
-  // Rows [first, first + count) times all panels, for part d of the depth.
+  // Rows [first, first + count) times the group's panels, for part d of the depth.
   template <Layout kLayout>
-  void multiply(const O* a, int64_t lda, int64_t first, int64_t count, int64_t d, T* scratch) {
-    for (int64_t panel = 0; panel < panel_count_; ++panel) {
+  void multiply(Range group, const O* a, int64_t lda, int64_t first, int64_t count, int64_t d,
+                T* scratch) {
+    const bool last = d + 1 == depth_.parts;
+    for (int64_t i = 0; i < group.end - group.begin; ++i) {
+      const int64_t panel = group.begin + i;
+      T* sums = scratch + (depth_.parts > 1 ? i : 0) * kWidth * block_rows();
       with_vectors(vectors(panel), [&](auto n) {
-        multiply_panel<T, n, kLayout>(a, lda, {0, count}, panels_ + panel * kWidth * terms_,
-                                      depth_.part(d), scratch + panel * kWidth * kRowBlock,
+        multiply_panel<T, n, kLayout>(a, lda, {0, count}, const_cast<const O*>(panel_at(i)),
+                                      depth_.part(d), sums,
                                       [&](int64_t row, int64_t rows, const T* c) {
-                                        if (d + 1 == depth_.parts && !p_.c_turned)
+                                        if (last && !p_.c_turned)
                                           finish(first + row, rows, panel * kWidth, n, c);
                                       });
-        if (d + 1 == depth_.parts && p_.c_turned)
-          finish_turned(first, count, panel * kWidth, n, scratch + panel * kWidth * kRowBlock);
+        if (last && p_.c_turned) finish_turned(first, count, panel * kWidth, n, sums);
       });
     }
   }
 
+  static constexpr int64_t kGroupBytes = int64_t{4} << 20;  // of panels that are packed at once
   // Rows that share one pass over the panels; with them a depth of some hundred fills the cache.
   static constexpr int64_t kRowBlock = 40 * Tile<T>::max_rows(kVectors);
 
@@ -314,17 +331,26 @@ class Product {
     const int64_t step = depth_step<O>();
     return std::max<int64_t>(by_unit<O>(), (k + step - 1) / step) * step;
   }
-  int64_t block_size() const { return (kRowBlock + V::kLanes) * lda_; }
-  int64_t scratch_size() const { return panel_count_ * kWidth * kRowBlock; }
+  int64_t block_size() const { return (block_rows() + V::kLanes) * lda_; }
+  // Sums that are not done by the first part wait for the next.
+  int64_t scratch_size() const { return (depth_.parts > 1 ? group_ : 1) * kWidth * block_rows(); }
+  int64_t block_rows() const { return std::min(p_.m, kRowBlock); }
+  O* panel_at(int64_t i) const { return panels_ + i * kWidth * terms_; }
+  // All, if rows of a are packed for them; else as many as make a few MB.
+  int64_t panels_at_once() const {
+    if (!direct_) return panel_count_;
+    const int64_t most = std::max<int64_t>(1, kGroupBytes / (kWidth * terms_ * sizeof(O)));
+    const int64_t groups = std::max<int64_t>(1, (panel_count_ + most - 1) / most);
+    return (panel_count_ + groups - 1) / groups;
+  }
   int64_t vectors(int64_t panel) const {
     return std::min<int64_t>(kVectors, padded<T>(p_.n) / V::kLanes - panel * kVectors);
   }
 
   // See pack.h. All columns of a panel lie side by side, or all its rows.
-  void pack(int64_t panel) const {
+  void pack(int64_t panel, O* to) const {
     const int64_t column = panel * kWidth, width = vectors(panel) * V::kLanes;
     const int64_t count = std::min(width, p_.n - column);
-    O* to = panels_ + column * terms_;
     const B* from = at<B>(p_.b, column * p_.b_column);
     if (p_.b_column == 1) {
       pack_straight<kWidth>(from, p_.b_row, count, p_.k, 0, p_.b_rotation, Mask{}, 0, width, to);
@@ -391,12 +417,12 @@ class Product {
   const bool direct_;  // a needs no packing
   const int64_t terms_;
   const Depth depth_;
-  const int64_t lda_, panel_count_;
+  const int64_t lda_, panel_count_, group_;
   const int parts_;  // of the rows, whatever the size of the team
   Carver carver_;
-  O* panels_;            // for each panel [k][width]
-  O* blocks_ = nullptr;  // [threads][kRowBlock][lda]: rows of a, or turned
-  T* scratch_;           // [threads][panel][kRowBlock][width]
+  O* panels_;            // for each panel of a group [k][width]
+  O* blocks_ = nullptr;  // [threads][block rows][lda]: rows of a, or turned
+  T* scratch_;           // [threads], for one panel or all of a group [block rows][width]
   bool masked_;
   MaskRule rule_;
   Barrier barrier_;
@@ -422,7 +448,9 @@ template <class T, class A, class B, class C>
 class ThinProduct {
  public:
   using V = Vec<T>;
-  static constexpr int kRows = 4, kColumns = 4;  // of a tile; columns are vectors, or rows of W
+  static constexpr int kRows = 4, kColumns = 4;  // of a tile; columns are vectors
+  // Or rows of W: with few sums the more streams from memory, the better.
+  static constexpr int dot_columns(int rows) { return rows <= 2 ? 8 : 4; }
 
   static bool fits(const ProductParams& p) { return p.m < 16 && !p.dropout.seed && !p.accumulate; }
 
@@ -442,13 +470,13 @@ class ThinProduct {
 
   void run(int member, int team) {
     const bool turned = p_.b_column != 1;
-    const int64_t width = turned ? kColumns : kColumns * V::kLanes;
+    const int64_t width = turned ? dot_columns(1) : kColumns * V::kLanes;
     const Range mine = share((p_.n + width - 1) / width, member, team);
     for (int64_t tile = mine.begin; tile < mine.end; ++tile) {
       for (int64_t m = 0; m < p_.m; m += kRows) {
         with_vectors(p_.m - m, [&](auto rows) {
           if (turned) {
-            dot<rows>(m, tile * width);
+            for (int64_t n = 0; n < width; n += dot_columns(rows)) dot<rows>(m, tile * width + n);
           } else {
             sweep<rows>(m, tile * width);
           }
@@ -495,15 +523,19 @@ class ThinProduct {
   // Rows m, m + 1, ... times columns n, n + 1, ..., whose elements lie side by side.
   template <int kCount>
   void dot(int64_t m, int64_t n) const {
+    constexpr int kColumns = dot_columns(kCount);
     V sum[kCount][kColumns];
     for (auto& row : sum) std::fill(row, row + kColumns, V(T(0)));
     const int64_t columns = std::min<int64_t>(kColumns, p_.n - n);
+    if (columns <= 0) return;
     for (int64_t k = 0; k < p_.k; k += V::kLanes) {
       with_lanes<T>(p_.k - k, [&](auto lanes) {
         for (int j = 0; j < kColumns; ++j) {
           // Columns that do not exist repeat the last one.
           const int64_t column = n + std::min<int64_t>(j, columns - 1);
-          const V values = load<T>(at<B>(p_.b, column * p_.b_column + k), lanes);
+          const B* b = at<B>(p_.b, column * p_.b_column + k);
+          __builtin_prefetch(b + kColumns * p_.b_column);  // the next tile's
+          const V values = load<T>(b, lanes);
           for (int i = 0; i < kCount; ++i) {
             sum[i][j] = load<T>(a_ + (m + i) * lda_ + k) * values + sum[i][j];
           }
@@ -517,12 +549,16 @@ class ThinProduct {
   }
 
   static T total(V v) {
-    T lanes[V::kLanes];
-    store(lanes, v);
-    for (int half = V::kLanes / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return folded<V::kLanes / 2>(v.raw, std::make_integer_sequence<int, V::kLanes>{})[0];
+  }
+  // Each lane plus the one kHalf away, and so on with half of it.
+  template <int kHalf, int... kLane>
+  LSTMX_INLINE static auto folded(typename V::Raw v, std::integer_sequence<int, kLane...> lanes) {
+    if constexpr (kHalf == 0) {
+      return v;
+    } else {
+      return folded<kHalf / 2>(v + __builtin_shufflevector(v, v, (kLane ^ kHalf)...), lanes);
     }
-    return lanes[0];
   }
 
   const ProductParams& p_;

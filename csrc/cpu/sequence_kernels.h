@@ -90,8 +90,10 @@ class Forward {
     const int64_t panels = weight_bytes / shape.hidden * (shape.hidden + inputs);
     const auto partition =
         Partition::make(shape, panels, useful_threads(shape, weight_bytes, threads));
-    return panels / partition.unit_parts <= kSecondLevelBytes * 3 / 4 ||
-           shape.batch / partition.row_parts >= 32;
+    const int64_t rows = shape.batch / partition.row_parts;
+    const bool cached = panels / partition.unit_parts <= kSecondLevelBytes * 3 / 4;
+    // Even from there, reading takes longer than multiplying so few.
+    return rows >= (cached ? 4 : 32);
   }
 
   void run(int member, int team) {
@@ -139,7 +141,7 @@ class Forward {
   int64_t scratch_size() const { return B_ * G * V::kLanes; }
 
   void prepare(int member, int team) {
-    const Range tiles = share(tiles_, member, team);
+    const Range tiles = share(p_.packed ? 0 : tiles_, member, team);
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
       pack(tile, p_.w_hh, H_, mask_, panels_);
       if (I_ > 0) pack(tile, p_.w_ih, I_, Mask{}, input_panels_);
@@ -435,31 +437,28 @@ class Backward {
   Barrier barrier_;
 };
 
-// ---- Without the product ------------------------------------------------------------------------
+// ---- One step ----------------------------------------------------------------------------------
 
 template <class Cell, class T, class Storage>
-struct Pointwise {
+struct Step {
   using V = Vec<T>;
   static constexpr int G = Cell::kGates;
-  const PointwiseParams& p;
+  const StepParams& p;
 
   void run(int member, int team) const {
     const int64_t H = p.shape.hidden;
-    Walk walk(p.shape, /*backward=*/false);
-    while (walk.advance()) {
-      const Range rows = share(walk.rows, member, team);
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        for (int64_t unit = 0; unit < H; unit += V::kLanes) {
-          with_lanes<T>(H - unit, [&](auto lanes) { step(walk, row, unit, lanes); });
-        }
+    const Range rows = share(p.shape.batch, member, team);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      for (int64_t unit = 0; unit < H; unit += V::kLanes) {
+        with_lanes<T>(H - unit, [&](auto lanes) { finish(row, unit, lanes); });
       }
     }
   }
 
  private:
   template <class Lanes>
-  LSTMX_INLINE void step(const Walk& walk, int64_t row, int64_t unit, Lanes lanes) const {
-    const int64_t H = p.shape.hidden, gates = (walk.offset + row) * G * H + unit;
+  LSTMX_INLINE void finish(int64_t row, int64_t unit, Lanes lanes) const {
+    const int64_t H = p.shape.hidden, gates = row * G * H + unit;
     V x[G], h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
     for (int g = 0; g < G; ++g) {
       x[g] = load<T>(at<T>(p.x_gates, gates + g * H), lanes);
@@ -468,20 +467,16 @@ struct Pointwise {
       if (p.b_hh) h[g] = h[g] + load<T>(at<Storage>(p.b_hh, g * H + unit), lanes);
     }
     for (int k = 0; k < Cell::kStates; ++k) {
-      const Storage* before =
-          row < walk.previous_rows
-              ? at<Storage>(p.states[k], (walk.previous_offset + row) * H + unit)
-              : at<Storage>(p.initial[k], row * H + unit);
-      prev[k] = load<T>(before, lanes);
+      prev[k] = load<T>(at<Storage>(p.initial[k], row * H + unit), lanes);
     }
     Cell::forward(x, h, prev, next, saved);
     for (int k = 0; k < Cell::kStates; ++k) {
-      for (void* to : {p.next[k], p.last[k]}) {
+      for (void* to : {p.states[k], p.last[k]}) {
         if (to) store(at<Storage>(to, row * H + unit), next[k], lanes);
       }
     }
     if (p.saved) {
-      Storage* to = at<Storage>(p.saved, (walk.offset + row) * Cell::kSaved * H + unit);
+      Storage* to = at<Storage>(p.saved, row * Cell::kSaved * H + unit);
       for (int s = 0; s < Cell::kSaved; ++s) store(to + s * H, saved[s], lanes);
     }
   }
@@ -511,9 +506,9 @@ constexpr cpu::CellKernels cell_kernels() {
           run_pass<F, SequenceForwardParams>,
           workspace_of<B, SequenceBackwardParams>,
           run_pass<B, SequenceBackwardParams>,
-          [](const PointwiseParams& p, int threads) {
-            Pointwise<Cell, T, Storage> pass{p};
-            run(p.shape.steps * p.shape.batch * p.shape.hidden < 20000 ? 1 : threads, pass);
+          [](const StepParams& p, int threads) {
+            Step<Cell, T, Storage> pass{p};
+            run(p.shape.batch * p.shape.hidden < 20000 ? 1 : threads, pass);
           },
           [](const SequenceShape& shape, int threads) {
             SequenceForwardParams p{};

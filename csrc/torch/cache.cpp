@@ -3,15 +3,16 @@
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
+#include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <set>
 #include <tuple>
 
@@ -23,35 +24,20 @@ constexpr size_t kGrain = size_t{4} << 10;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kMostHeld = size_t{4} << 30;
 
-// A part of a segment, which is memory straight from the system. A segment's pieces are linked in
-// the order of their addresses; no two neighbours are both free.
+// A part of the store's memory. Pieces are linked in the order of their addresses; no two
+// neighbours are free and as cold as each other.
 struct Piece {
   char* data;
   size_t bytes;
   Piece *before = nullptr, *after = nullptr;
   bool free = false;
   bool cold = false;  // free, and the system has its pages
-
-  bool whole() const { return !before && !after; }
 };
-
-char* map_pages(size_t bytes) {
-  void* found =
-      mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (found == MAP_FAILED) return nullptr;
-  char* data = static_cast<char*>(found);
-  const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(data) % kHugePage) % kHugePage;
-  if (before > 0) munmap(data, before);
-  munmap(data + before + bytes, kHugePage - before);
-#if defined(MADV_HUGEPAGE)
-  // A wish; nothing is lost if it is not granted.
-  if (bytes >= 2 * kHugePage) madvise(data + before, bytes, MADV_HUGEPAGE);
-#endif
-  return data + before;
-}
 
 size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
+// One range of addresses, as large as memory itself, of which pages are taken as they are needed:
+// in separate ranges, what is free would not join.
 class Store {
  public:
   // Never destroyed: tensors may outlive static objects.
@@ -60,15 +46,16 @@ class Store {
     return *store;
   }
 
+  // Null if there is no room.
   Piece* take(size_t bytes) {
     bytes = rounded(bytes, kGrain);
     const std::lock_guard lock(mutex_);
     Piece* piece = find(bytes);
-    if (piece->bytes > bytes) {
-      auto* rest = new Piece{piece->data + bytes, piece->bytes - bytes, piece, piece->after};
+    if (piece && piece->bytes > bytes) {
+      auto* rest = new Piece{piece->data + bytes, piece->bytes - bytes};
       rest->cold = piece->cold;
-      if (rest->after) rest->after->before = rest;
-      piece->after = rest, piece->bytes = bytes;
+      link(piece, rest);
+      piece->bytes = bytes;
       add(rest);
     }
     return piece;
@@ -77,15 +64,8 @@ class Store {
   void give_back(Piece* piece) {
     const std::lock_guard lock(mutex_);
     piece->cold = false;
-    if (piece->after && piece->after->free) join(piece, piece->after);
-    if (piece->before && piece->before->free) {
-      Piece* before = piece->before;
-      remove(before);
-      join(before, piece);
-      piece = before;
-    }
-    add(piece);
-    if (held_ > limit_) release_whole();
+    add(joined(piece));
+    if (held_ > limit_) release();
   }
 
   int64_t held() {
@@ -95,13 +75,7 @@ class Store {
 
   void clear() {
     const std::lock_guard lock(mutex_);
-    release_whole();
-    // Segments that are in use in part keep their addresses.
-    for (const auto& [bytes, data, piece] : free_) {
-      madvise(data, bytes, MADV_DONTNEED);
-      piece->cold = true;
-    }
-    held_ = 0;
+    release();
   }
 
  private:
@@ -109,28 +83,70 @@ class Store {
     const auto physical =
         static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
     limit_ = std::min(kMostHeld, physical / 8);
+    rlimit addresses{};
+    getrlimit(RLIMIT_AS, &addresses);
+    size_t size = physical;
+    if (addresses.rlim_cur != RLIM_INFINITY) size = std::min<size_t>(size, addresses.rlim_cur / 4);
+    void* found = mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    // Where addresses alone count as memory there is no store.
+    if (found != MAP_FAILED) top_ = static_cast<char*>(found), end_ = top_ + size;
     // A child of fork must not find the lock taken by a thread that it does not have.
     pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
                    [] { instance().mutex_.unlock(); });
   }
 
-  // The smallest free piece that is large enough.
   Piece* find(size_t bytes) {
+    Piece* piece = smallest(bytes);
+    if (piece) return piece;
+    // What was too small makes room, so that all there is stays near what is used at once.
+    release();
+    piece = smallest(bytes);
+    return piece ? piece : newest(bytes);
+  }
+
+  // The smallest free one that is large enough, or null.
+  Piece* smallest(size_t bytes) {
     const auto found = free_.lower_bound({bytes, nullptr, nullptr});
-    if (found != free_.end()) {
-      Piece* piece = std::get<Piece*>(*found);
-      remove(piece);
-      return piece;
-    }
-    // What was too small makes room, so that all segments together stay near what is used at once.
-    release_whole();
-    // Small ones share a segment.
-    const size_t size = std::max(rounded(bytes, 16 * kGrain), kHugePage);
-    char* data = map_pages(size);
-    if (data == nullptr) throw std::bad_alloc();
-    auto* piece = new Piece{data, size};
-    piece->cold = true;
+    if (found == free_.end()) return nullptr;
+    Piece* piece = std::get<Piece*>(*found);
+    remove(piece);
     return piece;
+  }
+
+  // Of new pages, or null.
+  Piece* newest(size_t bytes) {
+    const bool extends = last_ && last_->free;
+    const size_t more = bytes - (extends ? last_->bytes : 0);
+    if (static_cast<size_t>(end_ - top_) < more) return nullptr;
+    if (extends) {
+      remove(last_);
+    } else {
+      link(last_, new Piece{top_, 0});
+    }
+    last_->bytes += more;
+    last_->cold = true;
+    grow(more);
+    return last_;
+  }
+
+  void grow(size_t bytes) {
+    char* const from = top_;
+    top_ += bytes;
+#if defined(MADV_HUGEPAGE)
+    // A wish; nothing is lost if it is not granted. Not for little: such pages would be half empty.
+    const size_t lead = kHugePage - reinterpret_cast<uintptr_t>(from) % kHugePage;
+    if (bytes >= 2 * kHugePage) {
+      madvise(from + lead, (bytes - lead) / kHugePage * kHugePage, MADV_HUGEPAGE);
+    }
+#endif
+  }
+
+  void link(Piece* before, Piece* piece) {
+    piece->before = before;
+    piece->after = before ? before->after : nullptr;
+    if (before) before->after = piece;
+    (piece->after ? piece->after->before : last_) = piece;
   }
 
   void add(Piece* piece) {
@@ -143,30 +159,46 @@ class Store {
     free_.erase({piece->bytes, piece->data, piece});
     if (!piece->cold) held_ -= piece->bytes;
   }
+  // With its free neighbours, if as cold; none of them is among the free ones any more.
+  Piece* joined(Piece* piece) {
+    const auto joins = [&](const Piece* other) {
+      return other && other->free && other->cold == piece->cold;
+    };
+    if (joins(piece->after)) join(piece, piece->after);
+    if (joins(piece->before)) {
+      Piece* before = piece->before;
+      remove(before);
+      join(before, piece);
+      piece = before;
+    }
+    return piece;
+  }
   // `first` becomes both. Only the second may be among the free ones.
   void join(Piece* first, Piece* second) {
     if (second->free) remove(second);
-    first->cold = first->cold && second->cold;
     first->bytes += second->bytes;
     first->after = second->after;
-    if (first->after) first->after->before = first;
+    (first->after ? first->after->before : last_) = first;
     delete second;
   }
 
-  // Gives segments that are free as a whole back to the system.
-  void release_whole() {
-    for (auto it = free_.begin(); it != free_.end();) {
-      Piece* piece = std::get<Piece*>(*it++);
-      if (!piece->whole()) continue;
+  // Gives the pages of all that is free back to the system.
+  void release() {
+    for (Piece* piece = last_; piece; piece = piece->before) {
+      if (!piece->free) continue;
       remove(piece);
-      munmap(piece->data, piece->bytes);
-      delete piece;
+      if (!piece->cold) madvise(piece->data, piece->bytes, MADV_DONTNEED);
+      piece->cold = true;
+      piece = joined(piece);
+      add(piece);
     }
   }
 
   std::mutex mutex_;
   std::set<std::tuple<size_t, char*, Piece*>> free_;
-  size_t held_ = 0, limit_;
+  Piece* last_ = nullptr;
+  char *top_ = nullptr, *end_ = nullptr;  // of the pieces, of the range
+  size_t held_ = 0, limit_;               // bytes
 };
 
 struct StoreAllocator final : c10::Allocator {
@@ -174,6 +206,7 @@ struct StoreAllocator final : c10::Allocator {
 
   c10::DataPtr allocate(size_t bytes) override {
     Piece* piece = Store::instance().take(bytes);
+    if (!piece) return c10::GetCPUAllocator()->allocate(bytes);
     return {piece->data, piece, &give_back, c10::Device(c10::DeviceType::CPU)};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override {

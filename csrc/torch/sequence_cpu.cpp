@@ -43,9 +43,9 @@ struct CpuInputs : Inputs {
     product(kernels.gates, rows, w.t(), out);
     return out;
   }
-  Tensor hidden_gates(const Tensor& h_prev) const {
-    if (!dropout.seed) return gates(h_prev, w_hh);
-    return gates(h_prev, kept_w_hh()).mul_(scale());
+  Tensor hidden_gates() const {
+    if (!dropout.seed) return gates(initial[0], w_hh);
+    return gates(initial[0], kept_w_hh()).mul_(scale());
   }
 
   // W_hh with zeros where it is dropped, not scaled.
@@ -77,78 +77,85 @@ Tensor CpuInputs::kept_w_hh() const {
   return w_hh * mask.sign_();
 }
 
-// The cell for all steps at once, given what each step found as h.
-PointwiseParams pointwise_params(const CpuInputs& in, const Tensor& x_gates,
-                                 const Tensor& h_gates) {
-  PointwiseParams p{};
-  p.shape = in.shape;
-  p.x_gates = x_gates.const_data_ptr();
-  p.h_gates = h_gates.const_data_ptr();
+// What both forms of a forward call read and write.
+template <class Params>
+Params forward_params(const CpuInputs& in, const SequenceShape& shape, const Tensor& saved) {
+  Params p{};
+  p.shape = shape;
   p.b_ih = data_or_null(in.b_ih);
   p.b_hh = data_or_null(in.b_hh);
   for (int k = 0; k < in.states; ++k) p.initial[k] = in.initial[k].const_data_ptr();
+  p.saved = saved.numel() > 0 ? saved.mutable_data_ptr() : nullptr;
   return p;
 }
+
+// T = 1, which does not pay for packing the weights. states, last: null if not wanted.
+void forward_one_step(const CpuInputs& in, void* const* states, void* const* last,
+                      const Tensor& saved) {
+  const auto x_gates = in.gates(in.x_rows(), in.w_ih);
+  const auto h_gates = in.hidden_gates();
+  auto p = forward_params<StepParams>(in, in.shape, saved);
+  p.x_gates = x_gates.const_data_ptr();
+  p.h_gates = h_gates.const_data_ptr();
+  for (int k = 0; k < in.states; ++k) p.states[k] = states[k], p.last[k] = last[k];
+  in.cell.step(p, in.threads);
+}
+
+// The recurrence over some of the rows. `saved` is [rows, kSaved * H] or empty.
+struct Recurrence {
+  Recurrence(const CpuInputs& in, const SequenceShape& shape, const Tensor& x, const Tensor& saved)
+      : params(forward_params<SequenceForwardParams>(in, shape, saved)) {
+    if (in.cell.fuses_input(shape, x.size(1), in.threads)) {
+      params.shape.inputs = x.size(1);
+      params.x = x.const_data_ptr();
+      params.w_ih = in.w_ih.const_data_ptr();
+    } else {
+      // x W_ih^T goes where the activated gates will be, if they are kept in the same dtype.
+      x_gates = params.saved && in.compute == x.scalar_type()
+                    ? saved.narrow(1, 0, in.G * in.H)
+                    : in.empty_compute({x.size(0), in.G * in.H});
+      in.product(in.kernels.gates, x, in.w_ih.t(), x_gates);
+      params.x_gates = x_gates.const_data_ptr();
+      params.x_gates_stride = x_gates.stride(0);
+    }
+    workspace = in.workspace(in.cell.forward_workspace, params.shape);
+    params.dropout = in.dropout;
+    params.w_hh = in.w_hh.const_data_ptr();
+    params.workspace = workspace.mutable_data_ptr();
+  }
+
+  SequenceForwardParams params;
+  Tensor x_gates, workspace;  // what params points to
+};
 
 ForwardResult sequence_forward_cpu(const SequenceArgs& args, bool save_gates, bool cell_states) {
   const CpuInputs in(args);
   const bool keep_c = in.states > 1 && cell_states;
   auto y = in.empty(in.output_size());
   auto c = keep_c ? in.empty(in.output_size()) : in.empty({0});
-  Tensor last[] = {in.empty({in.B, in.H}), in.states > 1 ? in.empty({in.B, in.H}) : in.empty({0})};
+  Tensor h_n = in.empty({in.B, in.H}), c_n = in.states > 1 ? in.empty({in.B, in.H}) : in.empty({0});
   auto saved = save_gates ? in.empty({in.N, in.saved, in.H}) : in.empty({0});
   void* const states[] = {y.mutable_data_ptr(), keep_c ? c.mutable_data_ptr() : nullptr};
-  void* const saved_data = save_gates ? saved.mutable_data_ptr() : nullptr;
-
-  // One step does not pay for packing W_hh.
+  void* const last[] = {h_n.mutable_data_ptr(), c_n.mutable_data_ptr()};
   if (in.shape.steps == 1) {
-    const auto x_gates = in.gates(in.x_rows(), in.w_ih);
-    const auto h_gates = in.hidden_gates(in.initial[0]);
-    auto p = pointwise_params(in, x_gates, h_gates);
-    for (int k = 0; k < in.states; ++k) {
-      p.next[k] = states[k], p.last[k] = last[k].mutable_data_ptr();
-    }
-    p.saved = saved_data;
-    in.cell.pointwise(p, in.threads);
-    return {y, last[0], last[1], c, saved};
-  }
-
-  SequenceForwardParams p{};
-  p.shape = in.shape;
-  Tensor x_gates;
-  if (in.cell.fuses_input(in.shape, in.x.size(-1), in.threads)) {
-    p.shape.inputs = in.x.size(-1);
-    p.x = in.x.const_data_ptr();
-    p.w_ih = in.w_ih.const_data_ptr();
+    forward_one_step(in, states, last, saved);
   } else {
-    // x W_ih^T goes where the activated gates will be, if they are kept in the same dtype.
-    x_gates = save_gates && in.compute == in.x.scalar_type()
-                  ? saved.view({in.N, in.saved * in.H}).narrow(1, 0, in.G * in.H)
-                  : in.empty_compute({in.N, in.G * in.H});
-    in.product(in.kernels.gates, in.x_rows(), in.w_ih.t(), x_gates);
-    p.x_gates = x_gates.const_data_ptr();
-    p.x_gates_stride = x_gates.stride(0);
+    Recurrence forward(in, in.shape, in.x_rows(),
+                       save_gates ? saved.view({in.N, in.saved * in.H}) : saved);
+    for (int k = 0; k < in.states; ++k) {
+      forward.params.states[k] = states[k], forward.params.last[k] = last[k];
+    }
+    in.cell.forward(forward.params, in.threads);
   }
-  const auto workspace = in.workspace(in.cell.forward_workspace, p.shape);
-  p.dropout = in.dropout;
-  p.w_hh = in.w_hh.const_data_ptr();
-  p.b_ih = data_or_null(in.b_ih);
-  p.b_hh = data_or_null(in.b_hh);
-  for (int k = 0; k < in.states; ++k) {
-    p.initial[k] = in.initial[k].const_data_ptr();
-    p.last[k] = last[k].mutable_data_ptr();
-    p.states[k] = states[k];
-  }
-  p.saved = saved_data;
-  p.workspace = workspace.mutable_data_ptr();
-  in.cell.forward(p, in.threads);
-  return {y, last[0], last[1], c, saved};
+  return {y, h_n, c_n, c, saved};
 }
 
 // Backward goes through the steps in chunks: the gradients of the gates, and the gates themselves
 // if they are computed again, need memory for one chunk only.
 class Backward {
  public:
+  static constexpr int64_t kRowsAtOnce = 256;
+
   Backward(const CpuInputs& in, const OutputGrads& grads, const Tensor& y, const Tensor& c,
            const Tensor& saved, const std::array<bool, kInputs>& needed)
       : in_(in),
@@ -162,25 +169,20 @@ class Backward {
         need_w_hh_(needed[4]) {
     dstates_[0] = contiguous(grads[0]), dlast_[0] = contiguous(grads[1]);
     dlast_[1] = contiguous(grads[2]), dstates_[1] = contiguous(grads[3]);
-    // Sums over several chunks are kept in the type that they are computed in.
-    const auto sum = [&](const Tensor& w) {
-      return chunks_ > 1 ? in.empty_compute(w.sizes()) : in.empty(w.sizes());
-    };
     if (need_x_) dx_ = in.empty(in.x.sizes());
-    if (need_w_ih_) dw_ih_ = sum(in.w_ih);
-    if (need_w_hh_) dw_hh_ = sum(in.w_hh);
   }
 
   BackwardResult run(bool need_b_ih, bool need_b_hh) {
-    workspace_ = in_.workspace(in_.cell.backward_workspace, in_.shape);
     const int64_t T = in_.shape.steps;
     for (int64_t i = 0; i < chunks_; ++i) {
       const int64_t place = in_.shape.reverse ? i : chunks_ - 1 - i;
       chunk(T * place / chunks_, T * (place + 1) / chunks_, i);
     }
-    const auto dtype = in_.x.scalar_type();
-    if (need_w_ih_) dw_ih_ = dw_ih_.to(dtype);
-    if (need_w_hh_) dw_hh_ = dw_hh_.to(dtype);
+    for (Tensor* dw : {&dw_ih_, &dw_hh_}) {
+      if (dw->defined() && dw->scalar_type() != in_.x.scalar_type()) {
+        *dw = in_.empty(dw->sizes()).copy_(*dw);
+      }
+    }
     Tensor db_ih, db_hh;
     if (need_b_ih || need_b_hh) {
       std::tie(db_ih, db_hh) = in_.bias_grads(dbias_.view({in_.grads, in_.H}));
@@ -195,13 +197,22 @@ class Backward {
   }
 
  private:
-  // A few, of so many rows that what is done once for each does not count.
+  // Chunks save memory for rows, and take some for packed weights and for sums in the computing
+  // type. Where that pays, they are so many that the one is half of the other; and each has so many
+  // rows that what is done once for each does not count.
   int64_t chunks() const {
     if (in_.shape.batch_sizes || in_.B == 0) return 1;
-    const int64_t row_bytes = in_.grads * in_.H * int64_t(c10::elementSize(in_.compute));
-    const int64_t least = recompute_ ? 256 : std::max<int64_t>(512, (4 << 20) / row_bytes);
-    return std::clamp<int64_t>(in_.N / least, 1,
-                               std::min<int64_t>(in_.shape.steps, recompute_ ? 8 : 4));
+    const int64_t storage = in_.x.element_size(), compute = c10::elementSize(in_.compute);
+    const int64_t grad = in_.kernels.dgates_in_storage ? storage : compute;
+    const int64_t gates = in_.grads * grad + (recompute_ ? in_.saved * storage : 0);
+    const int64_t saves = in_.N * (gates + storage + grad) * in_.H;  // with what dW_hh is made of
+    const int64_t w_hh = in_.w_hh.numel(), weights = in_.w_ih.numel() + w_hh;
+    const int64_t takes = (recompute_ ? weights : w_hh) * grad + weights * (compute - storage);
+    const int64_t least =
+        recompute_ ? 256 : std::max<int64_t>(512, (4 << 20) / (in_.grads * in_.H * compute));
+    const int64_t most = std::min<int64_t>({in_.N / least, in_.shape.steps, 8});
+    const int64_t wanted = 2 * saves / takes;
+    return wanted < 3 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1));
   }
 
   // Steps [begin, end), after the later ones if i > 0.
@@ -217,9 +228,8 @@ class Backward {
     SequenceBackwardParams p{};
     p.shape = in_.shape;
     if (!whole) p.shape.steps = end - begin;
-    const auto h_prev = recompute_ || need_w_hh_ ? previous(begin, end, at_start) : Tensor();
-    const auto saved =
-        recompute_ ? gates(h_prev, p.shape, first, count, at_start, begin, end) : rows(saved_);
+    const auto h_prev = recompute_ || need_w_hh_ ? previous(0, begin, end, at_start) : Tensor();
+    auto saved = recompute_ ? gates(h_prev, begin, end, at_start) : rows(saved_);
     auto dgates = in_.kernels.dgates_in_storage ? in_.empty({count, in_.grads * H})
                                                 : in_.empty_compute({count, in_.grads * H});
     auto dbias = in_.empty_compute({in_.grads * H});
@@ -240,10 +250,13 @@ class Backward {
     p.saved = saved.const_data_ptr();
     p.dgates = dgates.mutable_data_ptr();
     p.dbias = dbias.mutable_data_ptr();
+    p.packed = workspace_.defined();
+    if (!p.packed) workspace_ = in_.workspace(in_.cell.backward_workspace, in_.shape);
     p.workspace = workspace_.mutable_data_ptr();
-    p.packed = i > 0;
     in_.cell.backward(p, in_.threads);
-    if (i + 1 == chunks_) workspace_ = Tensor();  // the products have their own
+    // The products have their own, and packed weights for the next gates take its place.
+    if (i + 1 == chunks_ || recompute_) workspace_ = Tensor();
+    saved = Tensor();
     for (int k = 0; k < in_.states; ++k) carry_[k] = dinitial[k];
     dbias_ = i == 0 ? dbias : dbias_.add_(dbias);
 
@@ -263,13 +276,20 @@ class Backward {
       more.c_rotation = 0;
       in_.product(in_.kernels.grads, dgates_x, in_.w_ih, rows(dx_), more);
     }
+    // Sums over several chunks are kept in the type that they are computed in. They are made only
+    // now, where the packed weights may have been.
     const auto& kernel = whole ? in_.kernels.grads : in_.kernels.sums;
+    const auto sums = [&](const Tensor& w) {
+      return whole ? in_.empty(w.sizes()) : in_.empty_compute(w.sizes());
+    };
     if (need_w_ih_) {
+      if (i == 0) dw_ih_ = sums(in_.w_ih);
       cpu::ProductParams more = rotated;
       more.b_rotation = 0, more.accumulate = i > 0;
       in_.product(kernel, dgates_x.t(), rows(in_.x), dw_ih_, more);
     }
     if (need_w_hh_) {
+      if (i == 0) dw_hh_ = sums(in_.w_hh);
       cpu::ProductParams more{};
       more.dropout = in_.dropout, more.accumulate = i > 0;
       in_.product(kernel, dgates_h.t(), h_prev, dw_hh_, more);
@@ -283,35 +303,54 @@ class Backward {
     return states_[k].view({in_.N, in_.H}).narrow(0, step * in_.B, in_.B);
   }
 
-  // The output that each row of the chunk found.
-  Tensor previous(int64_t begin, int64_t end, bool at_start) const {
-    if (chunks_ == 1) return in_.previous(0, states_[0]);
+  // What each row of the chunk found as state k.
+  Tensor previous(int k, int64_t begin, int64_t end, bool at_start) const {
+    if (chunks_ == 1) return in_.previous(k, states_[k]);
     const int64_t B = in_.B, inner = (end - begin - (at_start ? 1 : 0)) * B;
-    const auto y = states_[0].view({in_.N, in_.H});
-    if (in_.shape.reverse) {
-      const auto later = y.narrow(0, (begin + 1) * B, inner);
-      return at_start ? at::cat({later, in_.initial[0]}) : later;
-    }
-    const auto earlier = y.narrow(0, at_start ? 0 : (begin - 1) * B, inner);
-    return at_start ? at::cat({in_.initial[0], earlier}) : earlier;
+    const auto values = states_[k].view({in_.N, in_.H});
+    const auto known = values.narrow(0,
+                                     in_.shape.reverse ? (begin + 1) * B
+                                     : at_start        ? 0
+                                                       : (begin - 1) * B,
+                                     inner);
+    if (!at_start) return known;
+    auto joined = in_.empty({inner + B, in_.H});
+    return in_.shape.reverse ? at::cat_out(joined, {known, in_.initial[k]})
+                             : at::cat_out(joined, {in_.initial[k], known});
   }
 
-  // The chunk's gates, from the states alone: one product for each half.
-  Tensor gates(const Tensor& h_prev, const SequenceShape& shape, int64_t first, int64_t count,
-               bool at_start, int64_t begin, int64_t end) const {
-    auto saved = in_.empty({count, in_.saved * in_.H});
-    const auto x_gates = in_.gates(in_.x_rows().narrow(0, first, count), in_.w_ih);
-    const auto h_gates = in_.hidden_gates(h_prev);
-    auto p = pointwise_params(in_, x_gates, h_gates);
-    p.shape = shape;
-    std::vector<Tensor> kept;  // what p points to
-    for (int k = 0; k < in_.states; ++k) {
-      kept.push_back(initial(k, begin, end, at_start));
-      p.initial[k] = kept.back().const_data_ptr();
-      p.states[k] = states_[k].view({in_.N, -1}).narrow(0, first, count).const_data_ptr();
+  // The chunk's gates, from the states alone. No row waits for another: a few hundred at a time
+  // make one step of the recurrence.
+  Tensor gates(const Tensor& h_prev, int64_t begin, int64_t end, bool at_start) const {
+    const int64_t H = in_.H, first = chunks_ == 1 ? 0 : begin * in_.B;
+    const int64_t count = chunks_ == 1 ? in_.N : (end - begin) * in_.B;
+    auto saved = in_.empty({count, in_.saved * H});
+    if (in_.shape.steps == 1) {
+      void* const none[kMaxStates] = {};
+      forward_one_step(in_, none, none, saved);
+      return saved;
     }
-    p.saved = saved.mutable_data_ptr();
-    in_.cell.pointwise(p, in_.threads);
+    const auto x = in_.x_rows().narrow(0, first, count);
+    std::vector<Tensor> found = {h_prev};
+    for (int k = 1; k < in_.states; ++k) found.push_back(previous(k, begin, end, at_start));
+    const int64_t most = std::min(count, kRowsAtOnce);
+    const auto states = in_.empty({most, H});  // which are known
+    Recurrence forward(in_, {1, most, H, nullptr, false}, x, saved);
+    auto& p = forward.params;
+    const auto row_of = [](const Tensor& t, int64_t row) {
+      return static_cast<char*>(t.data_ptr()) + row * t.stride(0) * t.element_size();
+    };
+    for (int64_t row = 0; row < count; row += most, p.packed = true) {
+      p.shape.batch = std::min(most, count - row);
+      if (p.x) p.x = row_of(x, row);
+      if (p.x_gates) p.x_gates = row_of(forward.x_gates, row);
+      for (int k = 0; k < in_.states; ++k) {
+        p.initial[k] = row_of(found[k], row);
+        p.states[k] = p.last[k] = states.mutable_data_ptr();
+      }
+      p.saved = row_of(saved, row);
+      in_.cell.forward(p, in_.threads);
+    }
     return saved;
   }
 
