@@ -67,10 +67,16 @@ LSTMX_INLINE Vec<float> multiply_add([[maybe_unused]] Vec<float> a, [[maybe_unus
   return sum;
 }
 
+// What a tile fetches into the cache while it multiplies, `step` bytes for each group of its depth.
+struct Ahead {
+  const char* data;
+  int64_t step;
+};
+
 // c[kRows][kVectors] (+)= a[kRows, depth] * panel[depth][kVectors]; the depth is in groups.
 template <class T, class O, int kRows, int kVectors, Layout kLayout>
 __attribute__((noinline)) void multiply_tile(const O* a, int64_t lda, const O* panel, int64_t depth,
-                                             bool accumulate, T* c) {
+                                             bool accumulate, T* c, Ahead ahead) {
   using V = Vec<T>;
   // Too few sums to hide the latency of a multiply-add are split in independent parts.
   constexpr int kSplit = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
@@ -86,6 +92,7 @@ __attribute__((noinline)) void multiply_tile(const O* a, int64_t lda, const O* p
     }
   }
   const auto multiply_row = [&](int64_t k, int s) __attribute__((always_inline)) {
+    if constexpr (kRows >= kVectors) __builtin_prefetch(ahead.data + k * ahead.step);
     V b[kVectors];
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) {
@@ -118,11 +125,12 @@ __attribute__((noinline)) void multiply_tile(const O* a, int64_t lda, const O* p
 
 template <class T, class O, int kVectors, Layout kLayout, int kRows = Tile<T>::max_rows(kVectors)>
 LSTMX_INLINE void multiply_rows(int64_t rows, const O* a, int64_t lda, const O* panel,
-                                int64_t depth, bool accumulate, T* c) {
+                                int64_t depth, bool accumulate, T* c, Ahead ahead) {
   if (rows == kRows) {
-    multiply_tile<T, O, kRows, kVectors, kLayout>(a, lda, panel, depth, accumulate, c);
+    multiply_tile<T, O, kRows, kVectors, kLayout>(a, lda, panel, depth, accumulate, c, ahead);
   } else if constexpr (kRows > 1) {
-    multiply_rows<T, O, kVectors, kLayout, kRows - 1>(rows, a, lda, panel, depth, accumulate, c);
+    multiply_rows<T, O, kVectors, kLayout, kRows - 1>(rows, a, lda, panel, depth, accumulate, c,
+                                                      ahead);
   }
 }
 
@@ -156,10 +164,11 @@ LSTMX_INLINE int64_t depth_step() {
 
 // All rows times one panel, for the terms of `depth`; scratch [rows][kVectors][lanes] has the sum
 // of the terms before. finish(row, rows, c) is called for each tile, with the sum so far of rows
-// row, row + 1, ... in c[rows][kVectors][lanes].
+// row, row + 1, ... in c[rows][kVectors][lanes]. `next` is the panel whose turn is next: panels
+// come from far away, and unless fetched ahead, the first tile would wait for each block of them.
 template <class T, int kVectors, Layout kLayout = Layout::kByRows, class O, class Finish>
-LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* panel, Range depth,
-                                 T* scratch, Finish&& finish) {
+LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* panel, const O* next,
+                                 Range depth, T* scratch, Finish&& finish) {
   constexpr int64_t kWidth = kVectors * Vec<T>::kLanes;
   const int64_t count = rows.end - rows.begin;
   if constexpr (kGroup<O> > 1 && kLayout == Layout::kByRows) {
@@ -184,12 +193,19 @@ LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* p
   for (int64_t block = 0; block < blocks; ++block) {
     const Range part = share(terms, int(block), int(blocks));
     const int64_t k = begin + part.begin;
+    // Each tile fetches its share of the next block.
+    constexpr int64_t kGroupBytes = kWidth * kGroup<O> * sizeof(O);
+    const char* following = reinterpret_cast<const char*>(
+        block + 1 < blocks ? panel + (begin + part.end) * kWidth * kGroup<O>
+                           : next + depth.begin * kWidth);
+    const int64_t bytes = (part.end - part.begin) * kGroupBytes;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Range mine = share(count, int(tile), int(tiles));
       T* c = scratch + mine.begin * kWidth;
       multiply_rows<T, O, kVectors, kLayout>(
           mine.end - mine.begin, place<kLayout>(a, rows.begin + mine.begin, k, lda), lda,
-          panel + k * kWidth * kGroup<O>, part.end - part.begin, k > 0, c);
+          panel + k * kWidth * kGroup<O>, part.end - part.begin, k > 0, c,
+          {following + bytes * tile / tiles, kGroupBytes / tiles});
       if (block == blocks - 1) finish(rows.begin + mine.begin, mine.end - mine.begin, c);
     }
   }
@@ -311,12 +327,12 @@ class Product {
       const int64_t panel = group.begin + i;
       T* sums = scratch + (depth_.parts > 1 ? i : 0) * kWidth * block_rows();
       with_vectors(vectors(panel), [&](auto n) {
-        multiply_panel<T, n, kLayout>(a, lda, {0, count}, const_cast<const O*>(panel_at(i)),
-                                      depth_.part(d), sums,
-                                      [&](int64_t row, int64_t rows, const T* c) {
-                                        if (last && !p_.c_turned)
-                                          finish(first + row, rows, panel * kWidth, n, c);
-                                      });
+        multiply_panel<T, n, kLayout>(
+            a, lda, {0, count}, const_cast<const O*>(panel_at(i)),
+            const_cast<const O*>(panel_at((i + 1) % (group.end - group.begin))), depth_.part(d),
+            sums, [&](int64_t row, int64_t rows, const T* c) {
+              if (last && !p_.c_turned) finish(first + row, rows, panel * kWidth, n, c);
+            });
         if (last && p_.c_turned) finish_turned(first, count, panel * kWidth, n, sums);
       });
     }

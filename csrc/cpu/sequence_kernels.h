@@ -116,12 +116,16 @@ class Forward {
               std::min({rows.end, walk.rows, work.end - tile * B_}),
           };
           if (active.begin >= active.end) continue;
+          const O* hidden_panel = panels_ + tile * panel_size(H_);
+          const int64_t next = (tile + 1) * B_ < work.end ? tile + 1 : work.begin / B_;
+          const O* next_panel =
+              I_ > 0 ? input_panels_ + next * panel_size(I_) : panels_ + next * panel_size(H_);
           if (I_ > 0) {
             multiply_panel<T, G>(at<O>(p_.x, walk.offset * I_), I_, active,
-                                 input_panels_ + tile * panel_size(I_), {0, I_}, input_scratch,
-                                 [](int64_t, int64_t, const T*) {});
+                                 input_panels_ + tile * panel_size(I_), hidden_panel, {0, I_},
+                                 input_scratch, [](int64_t, int64_t, const T*) {});
           }
-          multiply_panel<T, G>(h, Hp_, active, panels_ + tile * panel_size(H_), {0, grouped<O>(H_)},
+          multiply_panel<T, G>(h, Hp_, active, hidden_panel, next_panel, {0, grouped<O>(H_)},
                                scratch, [&](int64_t row, int64_t count, const T* c) {
                                  const T* cx = input_scratch + (c - scratch);
                                  with_lanes<T>(H_ - tile * V::kLanes, [&](auto lanes) {
@@ -291,8 +295,9 @@ class Backward {
         for (int64_t d = 0; d < depth.parts; ++d) {
           for (int64_t v = vectors.begin; v < vectors.end; v += kVectors) {
             T* sums = scratch + (v - vectors.begin) * V::kLanes * B_;
+            const int64_t next = v + kVectors < vectors.end ? v + kVectors : vectors.begin;
             with_vectors(vectors.end - v, [&](auto count) {
-              step<count>(walk, v * V::kLanes, rows, depth.part(d), sums, bias);
+              step<count>(walk, v * V::kLanes, next * V::kLanes, rows, depth.part(d), sums, bias);
             });
           }
         }
@@ -337,7 +342,8 @@ class Backward {
   // Rows that the step before (in time's reverse) computed gates for get W_hh^T dgates; of these,
   // the ones that have no step here end at the initial state.
   template <int kCount>
-  void step(const Walk& walk, int64_t unit, Range rows, Range depth, T* sums, T* bias) const {
+  void step(const Walk& walk, int64_t unit, int64_t next_unit, Range rows, Range depth, T* sums,
+            T* bias) const {
     const bool last = depth.end == lead_ + G * H_;
     const auto clip = [&](int64_t end) { return std::clamp(end, rows.begin, rows.end); };
     // What would only reach the gradient of the initial h is left out where that is not wanted.
@@ -358,8 +364,9 @@ class Backward {
       // The column before, if one leads, meets a row of zeros.
       const O* dgates =
           at<O>(p_.dgates, walk.previous_offset * kGrads * H_ + Cell::kHiddenGrads * H_ - lead_);
-      multiply_panel<T, kCount>(dgates, kGrads * H_, {rows.begin, with_product},
-                                const_cast<const O*>(panel_at(unit)), depth, sums, finish_tile);
+      multiply_panel<T, kCount>(
+          dgates, kGrads * H_, {rows.begin, with_product}, const_cast<const O*>(panel_at(unit)),
+          const_cast<const O*>(panel_at(next_unit)), depth, sums, finish_tile);
     }
     if (all > with_product) finish_tile(with_product, all - with_product, nullptr);
   }
