@@ -102,7 +102,6 @@ BINDING = [
     Mutation(TORCH, "i == 0 ? data_or_null(dlast_[k]) : carry_[k].const_data_ptr()", "data_or_null(dlast_[k])"),
     Mutation(TORCH, "in_.shape.reverse ? end : begin - 1", "begin - 1"),
     Mutation(TORCH, "row_of(found[k], row)", "row_of(found[k], 0)"),
-    Mutation(PRODUCT, "pack(first + i, panel_at(i))", "pack(i, panel_at(i))"),
     Mutation(INPUTS, "grad(input_grads, input_rotation)", "grad(input_grads, 0)"),
     Mutation(INPUTS, "grad(hidden_grads, 0)", "grad(input_grads, 0)"),
     Mutation(TORCH, "dgates.narrow(1, in_.hidden_grads * H", "dgates.narrow(1, in_.input_grads * H"),
