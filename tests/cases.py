@@ -108,8 +108,8 @@ PARITY = [
 ]
 
 # What the CPU does otherwise there: the input multiplied within each step, backward in chunks of
-# steps, tiles cut between threads, few rows that meet weights where they lie, large weights that are
-# packed in parts.
+# steps, tiles cut between threads, few rows that meet weights where they lie, large weights that
+# are packed in parts.
 CPU_PATHS = [
     *_both_cells(T=5, B=40, I=24, H=70, weight_dropout=0.5),
     *_both_cells(T=3, B=36, I=7, H=130, reverse=True),
