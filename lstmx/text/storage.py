@@ -182,6 +182,7 @@ def load_model(path: Path | str, *, tokenizer: Tokenizer | None = None) -> Saved
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             # Copied, because they would change with the file.
+            # SIM118: a safetensors file has keys() but cannot be iterated over.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ModelFileError(f"{path} is no saved model, or is damaged: {error}") from error
