@@ -9,27 +9,40 @@
 
 namespace lstmx {
 
-// N independent blocks, word-major, so that a compiler can run them side by side.
-template <int N>
-struct PhiloxBlocks {
-  uint32_t word[4][N];
+// Word is uint32_t, or a vector of them for as many independent blocks.
+template <class Word>
+struct PhiloxBlock {
+  Word word[4];
 };
 
-template <int N>
-LSTMX_HD void philox4x32_10(PhiloxBlocks<N>& blocks, uint64_t seed) {
+template <class Word>
+struct WideProduct {
+  Word high, low;
+};
+
+LSTMX_HD WideProduct<uint32_t> multiply_wide(uint32_t a, uint32_t b) {
+  const uint64_t product = uint64_t{a} * b;
+  return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+}
+
+template <class Word>
+LSTMX_HD void philox4x32_10(PhiloxBlock<Word>& block, uint64_t seed) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    for (int n = 0; n < N; ++n) {
-      const uint64_t p0 = uint64_t{0xD2511F53u} * blocks.word[0][n];
-      const uint64_t p1 = uint64_t{0xCD9E8D57u} * blocks.word[2][n];
-      blocks.word[0][n] = static_cast<uint32_t>(p1 >> 32) ^ blocks.word[1][n] ^ key0;
-      blocks.word[1][n] = static_cast<uint32_t>(p1);
-      blocks.word[2][n] = static_cast<uint32_t>(p0 >> 32) ^ blocks.word[3][n] ^ key1;
-      blocks.word[3][n] = static_cast<uint32_t>(p0);
-    }
+    const auto p0 = multiply_wide(0xD2511F53u, block.word[0]);
+    const auto p1 = multiply_wide(0xCD9E8D57u, block.word[2]);
+    block.word[0] = p1.high ^ block.word[1] ^ Word(key0);
+    block.word[1] = p1.low;
+    block.word[2] = p0.high ^ block.word[3] ^ Word(key1);
+    block.word[3] = p0.low;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
+}
+
+// The block counted `index`, before the rounds.
+LSTMX_HD PhiloxBlock<uint32_t> philox_counter(uint64_t index) {
+  return {{static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), 0, 0}};
 }
 
 // DropConnect of W_hh (Wan et al. 2013; Merity et al. 2017): an entry survives with probability
@@ -46,19 +59,5 @@ struct MaskRule {
 
   LSTMX_HD bool keeps(uint32_t word) const { return word >= threshold; }
 };
-
-// The blocks counted first_block, first_block + 1, ..., before the rounds.
-template <int N>
-LSTMX_HD PhiloxBlocks<N> philox_counters(uint64_t first_block) {
-  PhiloxBlocks<N> blocks;
-  for (int n = 0; n < N; ++n) {
-    const uint64_t block = first_block + static_cast<uint64_t>(n);
-    blocks.word[0][n] = static_cast<uint32_t>(block);
-    blocks.word[1][n] = static_cast<uint32_t>(block >> 32);
-    blocks.word[2][n] = 0;
-    blocks.word[3][n] = 0;
-  }
-  return blocks;
-}
 
 }  // namespace lstmx

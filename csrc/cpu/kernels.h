@@ -28,9 +28,10 @@ struct CellKernels {
   Plan (*plan)(const SequenceShape&, int threads);
 };
 
-// c [m, n] = a [m, k] b [k, n], times the mask of a W_hh of c's size if there is one. Strides are
-// in elements; of a and b, rows or columns lie side by side, of c columns; see c_turned. Row i of a
-// rotated b (whose columns lie side by side) or c stands at (i + rotation) mod its number of rows.
+// c [m, n] = a [m, k] b [k, n], or c + a b, times the mask of a W_hh of c's size if there is one.
+// Strides are in elements; of a and b, rows or columns lie side by side, of c columns; see
+// c_turned. Row i of a rotated b (whose columns lie side by side) or c stands at (i + rotation) mod
+// its number of rows.
 struct ProductParams {
   int64_t m, n, k;
   const void* a;

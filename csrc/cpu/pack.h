@@ -36,19 +36,25 @@ struct Mask {
   }
 };
 
+constexpr int64_t kLongRun = 64;  // elements that a mask is made for at once
+
 // to[i] = from[i] as an operand, for i < count, and 0 up to `end`. `element` is the place of
 // from[0] in the matrix that the mask is of.
 template <class O, class S>
 LSTMX_INLINE void copy_run(const S* from, int64_t count, int64_t end, const Mask& mask,
                            int64_t element, O* to) {
   if (mask.any) {
-    constexpr int64_t kRun = 64;
-    ComputeOf<S> kept[kRun];
-    for (int64_t i = 0; i < count; i += kRun) {
-      const int64_t n = std::min(kRun, count - i);
-      mask_factors(mask.rule, element + i, element + i + n, kept);
+    using T = ComputeOf<S>;
+    MaskRun<T, kLongRun> run;
+    for (int64_t i = 0; i < count; i += kLongRun) {
+      const int64_t n = std::min(kLongRun, count - i);
+      const T* kept = run.make(mask.rule, element + i, element + i + n);
       // Exact, and a dropped NaN stays one, as in torch.
-      for (int64_t j = 0; j < n; ++j) narrow(widen(from[i + j]) * kept[j], to[i + j]);
+      for (int64_t j = 0; j < n; j += Vec<T>::kLanes) {
+        with_lanes<T>(n - j, [&](auto lanes) {
+          store(to + i + j, load<T>(from + i + j, lanes) * load<T>(kept + j), lanes);
+        });
+      }
     }
   } else {
     const auto copy = [&](int64_t n) __attribute__((always_inline)) {
@@ -74,9 +80,11 @@ struct Square {
   static constexpr int kLanes = Vec<Word>::kLanes;
   static constexpr int kRun = kLanes * kGroup<O>;  // elements of a row of words
 
-  LSTMX_INLINE void transpose() {
+  LSTMX_INLINE void transpose() { transpose(rows[0], kRun); }
+  // The same of rows that lie elsewhere.
+  LSTMX_INLINE void transpose(const O* from, int64_t ld) {
     Raw words[kLanes];
-    std::memcpy(words, rows, sizeof(rows));
+    for (int i = 0; i < kLanes; ++i) std::memcpy(&words[i], from + i * ld, sizeof(Raw));
     exchange<1>(words);
     std::memcpy(rows, words, sizeof(rows));
   }
@@ -124,17 +132,20 @@ void pack_turned(const S* from, int64_t ld, int64_t columns, int64_t depth, cons
                  int64_t element, int64_t width, O* to) {
   using Words = Square<O>;
   Words square;
-  for (int64_t k = 0; k < depth; k += Words::kRun) {
-    const int64_t count = std::min<int64_t>(Words::kRun, depth - k);
+  alignas(64) O rows[Words::kLanes][kLongRun];
+  for (int64_t k = 0; k < depth; k += kLongRun) {
+    const int64_t count = std::min(kLongRun, depth - k);
     for (int n = 0; n < Words::kLanes; ++n) {
       const int64_t at = n < columns ? n * ld + k : 0;
-      copy_run(from + at, n < columns ? count : 0, Words::kRun, mask, element + at, square.rows[n]);
+      copy_run(from + at, n < columns ? count : 0, kLongRun, mask, element + at, rows[n]);
     }
-    square.transpose();
-    const int64_t groups = grouped<O>(count) / kGroup<O>;
-    for (int64_t i = 0; i < groups; ++i) {
-      std::memcpy(to + (k / kGroup<O> + i) * width * kGroup<O>, square.rows[i],
-                  sizeof(square.rows[i]));
+    for (int64_t i = 0; i < count; i += Words::kRun) {
+      square.transpose(rows[0] + i, kLongRun);
+      const int64_t groups = grouped<O>(std::min<int64_t>(Words::kRun, count - i)) / kGroup<O>;
+      for (int64_t g = 0; g < groups; ++g) {
+        std::memcpy(to + ((k + i) / kGroup<O> + g) * width * kGroup<O>, square.rows[g],
+                    sizeof(square.rows[g]));
+      }
     }
   }
 }

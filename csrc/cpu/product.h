@@ -194,18 +194,18 @@ LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* p
     const Range part = share(terms, int(block), int(blocks));
     const int64_t k = begin + part.begin;
     // Each tile fetches its share of the next block.
-    constexpr int64_t kGroupBytes = kWidth * kGroup<O> * sizeof(O);
+    constexpr int64_t kStepBytes = kWidth * kGroup<O> * sizeof(O);
     const char* following = reinterpret_cast<const char*>(
         block + 1 < blocks ? panel + (begin + part.end) * kWidth * kGroup<O>
                            : next + depth.begin * kWidth);
-    const int64_t bytes = (part.end - part.begin) * kGroupBytes;
+    const int64_t bytes = (part.end - part.begin) * kStepBytes;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Range mine = share(count, int(tile), int(tiles));
       T* c = scratch + mine.begin * kWidth;
       multiply_rows<T, O, kVectors, kLayout>(
           mine.end - mine.begin, place<kLayout>(a, rows.begin + mine.begin, k, lda), lda,
           panel + k * kWidth * kGroup<O>, part.end - part.begin, k > 0, c,
-          {following + bytes * tile / tiles, kGroupBytes / tiles});
+          {following + bytes * tile / tiles, kStepBytes / tiles});
       if (block == blocks - 1) finish(rows.begin + mine.begin, mine.end - mine.begin, c);
     }
   }
@@ -338,7 +338,7 @@ class Product {
     }
   }
 
-  static constexpr int64_t kGroupBytes = int64_t{4} << 20;  // of panels that are packed at once
+  static constexpr int64_t kBytesAtOnce = int64_t{4} << 20;  // of panels that are packed
   // Rows that share one pass over the panels; with them a depth of some hundred fills the cache.
   static constexpr int64_t kRowBlock = 40 * Tile<T>::max_rows(kVectors);
 
@@ -355,7 +355,7 @@ class Product {
   // All, if rows of a are packed for them; else as many as make a few MB.
   int64_t panels_at_once() const {
     if (!direct_) return panel_count_;
-    const int64_t most = std::max<int64_t>(1, kGroupBytes / (kWidth * terms_ * sizeof(O)));
+    const int64_t most = std::max<int64_t>(1, kBytesAtOnce / (kWidth * terms_ * sizeof(O)));
     const int64_t groups = std::max<int64_t>(1, (panel_count_ + most - 1) / most);
     return (panel_count_ + groups - 1) / groups;
   }
@@ -390,20 +390,21 @@ class Product {
 
   LSTMX_INLINE void finish(int64_t first, int64_t rows, int64_t column, int vectors,
                            const T* c) const {
-    T factor[kWidth];
+    MaskRun<T, kWidth> run;
+    const T* factor = nullptr;
     const int64_t count = std::min<int64_t>(vectors * V::kLanes, p_.n - column);
     for (int64_t row = first; row < first + rows; ++row, c += vectors * V::kLanes) {
       const int64_t to = rotated(row, p_.c_rotation, p_.m);
       if (masked_) {
         const int64_t element = to * p_.n + column;
-        mask_factors(rule_, element, element + count, factor);
+        factor = run.make(rule_, element, element + count);
       }
       for (int64_t n = 0; n < count; n += V::kLanes) {
         with_lanes<T>(count - n, [&](auto lanes) {
           V value = load<T>(c + n);
-          if (masked_) value = value * load<T>(factor + n, lanes);
           C* sum = at<C>(p_.c, to * p_.c_row + column + n);
           if (p_.accumulate) value = value + load<T>(sum, lanes);
+          if (masked_) value = value * load<T>(factor + n);
           store(sum, value, lanes);
         });
       }

@@ -139,15 +139,12 @@ LSTMX_DEVICE void for_each_element(int64_t count, const WeightDropout& dropout, 
   const int64_t stride = int64_t{grid_x()} * kWeightThreads;
   for (int64_t quad = int64_t{block_x()} * kWeightThreads + thread_index(); quad * kQuad < count;
        quad += stride) {
-    PhiloxBlocks<1> block;
-    if (masked) {
-      block = philox_counters<1>(static_cast<uint64_t>(quad));
-      philox4x32_10(block, rule.seed);
-    }
+    auto block = philox_counter(static_cast<uint64_t>(quad));
+    if (masked) philox4x32_10(block, rule.seed);
     LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
       const int64_t element = quad * kQuad + i;
       if (element >= count) break;
-      const bool kept = !masked || rule.keeps(block.word[i][0]);
+      const bool kept = !masked || rule.keeps(block.word[i]);
       body(element, kept ? V(rule.scale) : V(0));
     }
   }

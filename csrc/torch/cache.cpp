@@ -135,8 +135,9 @@ class Store {
     top_ += bytes;
 #if defined(MADV_HUGEPAGE)
     // A wish; nothing is lost if it is not granted. Not for little: such pages would be half empty.
-    const size_t lead = kHugePage - reinterpret_cast<uintptr_t>(from) % kHugePage;
     if (bytes >= 2 * kHugePage) {
+      const auto address = reinterpret_cast<uintptr_t>(from);
+      const size_t lead = rounded(address, kHugePage) - address;
       madvise(from + lead, (bytes - lead) / kHugePage * kHugePage, MADV_HUGEPAGE);
     }
 #endif

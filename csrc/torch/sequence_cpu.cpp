@@ -176,7 +176,7 @@ class Backward {
     const int64_t T = in_.shape.steps;
     for (int64_t i = 0; i < chunks_; ++i) {
       const int64_t place = in_.shape.reverse ? i : chunks_ - 1 - i;
-      chunk(T * place / chunks_, T * (place + 1) / chunks_, i);
+      chunk(steps(T * place / chunks_, T * (place + 1) / chunks_), i);
     }
     for (Tensor* dw : {&dw_ih_, &dw_hh_}) {
       if (dw->defined() && dw->scalar_type() != in_.x.scalar_type()) {
@@ -215,21 +215,30 @@ class Backward {
     return wanted < 3 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1));
   }
 
-  // Steps [begin, end), after the later ones if i > 0.
-  void chunk(int64_t begin, int64_t end, int64_t i) {
-    const int64_t B = in_.B, H = in_.H;
-    const bool whole = chunks_ == 1;
-    const int64_t first = whole ? 0 : begin * B, count = whole ? in_.N : (end - begin) * B;
+  struct Steps {
+    bool at_start;        // they are the first that forward took
+    int64_t first, rows;  // rows [first, first + rows)
+  };
+  Steps steps(int64_t begin, int64_t end) const {
     const bool at_start = in_.shape.reverse ? end == in_.shape.steps : begin == 0;
+    if (chunks_ == 1) return {at_start, 0, in_.N};
+    return {at_start, begin * in_.B, (end - begin) * in_.B};
+  }
+
+  // After the later ones if i > 0.
+  void chunk(const Steps& steps, int64_t i) {
+    const int64_t B = in_.B, H = in_.H, count = steps.rows;
+    const bool whole = chunks_ == 1;
     const auto rows = [&](const Tensor& t) {
-      return t.view({in_.N, in_.N > 0 ? t.numel() / in_.N : t.size(-1)}).narrow(0, first, count);
+      return t.view({in_.N, in_.N > 0 ? t.numel() / in_.N : t.size(-1)})
+          .narrow(0, steps.first, count);
     };
 
     SequenceBackwardParams p{};
     p.shape = in_.shape;
-    if (!whole) p.shape.steps = end - begin;
-    const auto h_prev = recompute_ || need_w_hh_ ? previous(0, begin, end, at_start) : Tensor();
-    auto saved = recompute_ ? gates(h_prev, begin, end, at_start) : rows(saved_);
+    if (!whole) p.shape.steps = count / B;
+    const auto h_prev = recompute_ || need_w_hh_ ? previous(0, steps) : Tensor();
+    auto saved = recompute_ ? gates(h_prev, steps) : rows(saved_);
     auto dgates = in_.kernels.dgates_in_storage ? in_.empty({count, in_.grads * H})
                                                 : in_.empty_compute({count, in_.grads * H});
     auto dbias = in_.empty_compute({in_.grads * H});
@@ -239,8 +248,8 @@ class Backward {
     Tensor dinitial[kMaxStates];
     std::vector<Tensor> kept;  // what p points to
     for (int k = 0; k < in_.states; ++k) {
-      if (!at_start || need_initial_[k]) dinitial[k] = in_.empty({B, H});
-      kept.push_back(initial(k, begin, end, at_start));
+      if (!steps.at_start || need_initial_[k]) dinitial[k] = in_.empty({B, H});
+      kept.push_back(initial(k, steps));
       p.initial[k] = kept.back().const_data_ptr();
       p.states[k] = rows(states_[k]).const_data_ptr();
       p.dstates[k] = dstates_[k] ? rows(*dstates_[k]).const_data_ptr() : nullptr;
@@ -291,48 +300,45 @@ class Backward {
     if (need_w_hh_) {
       if (i == 0) dw_hh_ = sums(in_.w_hh);
       cpu::ProductParams more{};
-      more.dropout = in_.dropout, more.accumulate = i > 0;
+      more.accumulate = i > 0;
+      if (i + 1 == chunks_) more.dropout = in_.dropout;  // of the whole sum, once
       in_.product(kernel, dgates_h.t(), h_prev, dw_hh_, more);
     }
   }
 
-  // The state that the first of the chunk's steps found.
-  Tensor initial(int k, int64_t begin, int64_t end, bool at_start) const {
-    if (at_start) return in_.initial[k];
-    const int64_t step = in_.shape.reverse ? end : begin - 1;
-    return states_[k].view({in_.N, in_.H}).narrow(0, step * in_.B, in_.B);
+  // The state that the first of the steps found.
+  Tensor initial(int k, const Steps& steps) const {
+    if (steps.at_start) return in_.initial[k];
+    const int64_t row = in_.shape.reverse ? steps.first + steps.rows : steps.first - in_.B;
+    return states_[k].view({in_.N, in_.H}).narrow(0, row, in_.B);
   }
 
-  // What each row of the chunk found as state k.
-  Tensor previous(int k, int64_t begin, int64_t end, bool at_start) const {
+  // What each of their rows found as state k.
+  Tensor previous(int k, const Steps& steps) const {
     if (chunks_ == 1) return in_.previous(k, states_[k]);
-    const int64_t B = in_.B, inner = (end - begin - (at_start ? 1 : 0)) * B;
-    const auto values = states_[k].view({in_.N, in_.H});
-    const auto known = values.narrow(0,
-                                     in_.shape.reverse ? (begin + 1) * B
-                                     : at_start        ? 0
-                                                       : (begin - 1) * B,
-                                     inner);
-    if (!at_start) return known;
-    auto joined = in_.empty({inner + B, in_.H});
+    const int64_t inner = steps.rows - (steps.at_start ? in_.B : 0);
+    const int64_t first =
+        in_.shape.reverse ? steps.first + in_.B : std::max<int64_t>(0, steps.first - in_.B);
+    const auto known = states_[k].view({in_.N, in_.H}).narrow(0, first, inner);
+    if (!steps.at_start) return known;
+    auto joined = in_.empty({steps.rows, in_.H});
     return in_.shape.reverse ? at::cat_out(joined, {known, in_.initial[k]})
                              : at::cat_out(joined, {in_.initial[k], known});
   }
 
-  // The chunk's gates, from the states alone. No row waits for another: a few hundred at a time
-  // make one step of the recurrence.
-  Tensor gates(const Tensor& h_prev, int64_t begin, int64_t end, bool at_start) const {
-    const int64_t H = in_.H, first = chunks_ == 1 ? 0 : begin * in_.B;
-    const int64_t count = chunks_ == 1 ? in_.N : (end - begin) * in_.B;
+  // Their gates, from the states alone. No row waits for another: a few hundred at a time make one
+  // step of the recurrence.
+  Tensor gates(const Tensor& h_prev, const Steps& steps) const {
+    const int64_t H = in_.H, count = steps.rows;
     auto saved = in_.empty({count, in_.saved * H});
     if (in_.shape.steps == 1) {
       void* const none[kMaxStates] = {};
       forward_one_step(in_, none, none, saved);
       return saved;
     }
-    const auto x = in_.x_rows().narrow(0, first, count);
+    const auto x = in_.x_rows().narrow(0, steps.first, count);
     std::vector<Tensor> found = {h_prev};
-    for (int k = 1; k < in_.states; ++k) found.push_back(previous(k, begin, end, at_start));
+    for (int k = 1; k < in_.states; ++k) found.push_back(previous(k, steps));
     const int64_t most = std::min(count, kRowsAtOnce);
     const auto states = in_.empty({most, H});  // which are known
     Recurrence forward(in_, {1, most, H, nullptr, false}, x, saved);

@@ -62,9 +62,9 @@ void run_plainly(const Sequence& q, Arrays<Cell>& a) {
   if (q.p > 0) {
     const auto rule = MaskRule::make(kSeed, q.p);
     for (int64_t e = 0; e < G * H * H; ++e) {
-      auto block = philox_counters<1>(e / 4);
+      auto block = philox_counter(e / 4);
       philox4x32_10(block, rule.seed);
-      w[e] *= rule.keeps(block.word[e % 4][0]) ? rule.scale : 0;
+      w[e] *= rule.keeps(block.word[e % 4]) ? rule.scale : 0;
     }
   }
   for (int k = 0; k < S; ++k) {

@@ -190,12 +190,39 @@ void check_product(const cpu::ProductKernel& kernel, int64_t m, int64_t n, int64
     p.workspace = workspace.data;
     kernel.run(p, threads);
     Values times = expected;
-    for (auto& value : times) value *= accumulate ? 2 : 1;
-    CHECK(worst(c.values(), times) < (sizeof(C) == 2 ? 8e-3 : 3e-4));
+    // The mask, whose scale is 2, meets the sum of both.
+    const int sums = accumulate ? (masked ? 3 : 2) : 1;
+    for (auto& value : times) value *= sums;
+    CHECK(worst(c.values(), times) < (sizeof(C) == 2 ? 8e-3 : 2e-4 * sums));
   }
 }
 
 }  // namespace
+
+TEST(masks) {
+  // Beginning anywhere in a block, of any length; and where the number of the block passes 2^32.
+  for (const double p : {0.0, 0.3, 1 - 1e-12, 1.0}) {
+    const auto rule = MaskRule::make(kSeed, p);
+    for (const int64_t base : {int64_t{0}, (int64_t{1} << 34) - 40}) {
+      for (int64_t begin = base; begin < base + 4; ++begin) {
+        for (const int64_t count : {1, 3, 4, 5, 64, 65, 130, 2100}) {
+          std::vector<float> floats(count);
+          std::vector<double> doubles(count);
+          const WeightDropout dropout = {&kSeed, p};
+          cpu::kernels().mask_float(dropout, begin, begin + count, floats.data());
+          cpu::kernels().mask_double(dropout, begin, begin + count, doubles.data());
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t element = begin + i;
+            auto block = philox_counter(static_cast<uint64_t>(element / 4));
+            philox4x32_10(block, rule.seed);
+            const double factor = rule.keeps(block.word[element % 4]) ? rule.scale : 0;
+            CHECK(floats[i] == static_cast<float>(factor) && doubles[i] == factor);
+          }
+        }
+      }
+    }
+  }
+}
 
 TEST(products) {
   struct Size {

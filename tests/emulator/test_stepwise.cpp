@@ -171,10 +171,10 @@ TEST(weights) {
   });
   int dropped = 0;
   for (int64_t e = 0; e < G * H * K; ++e) {
-    auto block = philox_counters<1>(e / 4);
+    auto block = philox_counter(e / 4);
     const auto rule = MaskRule::make(kSeed, 0.4);
     philox4x32_10(block, rule.seed);
-    const double factor = rule.keeps(block.word[e % 4][0]) ? rule.scale : 0;
+    const double factor = rule.keeps(block.word[e % 4]) ? rule.scale : 0;
     dropped += factor == 0;
     CHECK_NEAR(mask.data[e], factor, 1e-6);
     CHECK_NEAR(back.data[e], weight[e] * factor, 1e-5);
