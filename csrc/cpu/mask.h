@@ -47,12 +47,14 @@ LSTMX_INLINE WideProduct<WordLanes> multiply_wide(uint32_t factor, WordLanes wor
 // 0 or the scale for a run of up to kMost elements of W_hh.
 template <class T, int64_t kMost>
 class MaskRun {
+  static constexpr int kLanes = WordLanes::kLanes, kBatch = 4 * kLanes;
+
  public:
   // The factor of element `begin`; those up to `end` follow.
   LSTMX_INLINE const T* make(const MaskRule& rule, int64_t begin, int64_t end) {
     const int64_t first = begin / 4, blocks = (end + 3) / 4 - first;
     int64_t block = 0;
-    for (; blocks - block > 1; block += WordLanes::kLanes) {
+    for (; blocks - block > 1; block += kLanes) {
       many(rule, static_cast<uint64_t>(first + block), factors_ + 4 * block);
     }
     if (block < blocks) one(rule, static_cast<uint64_t>(first + block), factors_ + 4 * block);
@@ -69,10 +71,9 @@ class MaskRun {
   // kLanes blocks. A block's four words come to lie side by side if four lanes together take every
   // fourth block: then each such four is a square to transpose.
   static void many(const MaskRule& rule, uint64_t index, T* factor) {
-    constexpr int kFours = WordLanes::kLanes / 4;
+    constexpr int kFours = kLanes / 4;
     RawWord lane;
-    for (int n = 0; n < WordLanes::kLanes; ++n)
-      lane[n] = static_cast<uint32_t>(n % 4 * kFours + n / 4);
+    for (int n = 0; n < kLanes; ++n) lane[n] = static_cast<uint32_t>(n % 4 * kFours + n / 4);
     PhiloxBlock<WordLanes> blocks{};
     const RawWord low = static_cast<uint32_t>(index) + lane;
     blocks.word[0] = low;
@@ -82,36 +83,36 @@ class MaskRun {
 
     // 2^32 drops every word.
     const auto least = static_cast<uint32_t>(rule.threshold);
-    const float one = rule.threshold >> 32 ? 0.0f : 1.0f;
+    const float keep = rule.threshold >> 32 ? 0.0f : 1.0f;
     RawFloat kept[4], pairs[4];
     for (int w = 0; w < 4; ++w) {
-      kept[w] = blocks.word[w].raw >= least ? one + RawFloat{} : RawFloat{};
+      kept[w] = blocks.word[w].raw >= least ? keep + RawFloat{} : RawFloat{};
     }
     for (int w = 0; w < 2; ++w) {
-      pairs[w] = interleaved<0>(kept[w], kept[w + 2], kLanes);
-      pairs[w + 2] = interleaved<2>(kept[w], kept[w + 2], kLanes);
+      pairs[w] = interleaved<0>(kept[w], kept[w + 2], kAllLanes);
+      pairs[w + 2] = interleaved<2>(kept[w], kept[w + 2], kAllLanes);
     }
     for (int half = 0; half < 4; half += 2) {
-      kept[half] = interleaved<0>(pairs[half], pairs[half + 1], kLanes);
-      kept[half + 1] = interleaved<2>(pairs[half], pairs[half + 1], kLanes);
+      kept[half] = interleaved<0>(pairs[half], pairs[half + 1], kAllLanes);
+      kept[half + 1] = interleaved<2>(pairs[half], pairs[half + 1], kAllLanes);
     }
-    float all[4 * WordLanes::kLanes];
+    float all[kBatch];
     std::memcpy(all, kept, sizeof(all));
     const T scale = static_cast<T>(rule.scale);
-    for (int i = 0; i < 4 * WordLanes::kLanes; ++i) factor[i] = all[i] * scale;
+    for (int i = 0; i < kBatch; ++i) factor[i] = all[i] * scale;
   }
 
   // Of each four lanes the ones from kFirst on, two of a and two of b by turns.
-  static constexpr auto kLanes = std::make_integer_sequence<int, WordLanes::kLanes>{};
+  static constexpr auto kAllLanes = std::make_integer_sequence<int, kLanes>{};
   template <int kFirst, int... kLane>
   LSTMX_INLINE static RawFloat interleaved(RawFloat a, RawFloat b,
                                            std::integer_sequence<int, kLane...>) {
     return __builtin_shufflevector(
-        a, b, (kLane / 4 * 4 + kFirst + kLane % 4 / 2 + kLane % 2 * WordLanes::kLanes)...);
+        a, b, (kLane / 4 * 4 + kFirst + kLane % 4 / 2 + kLane % 2 * kLanes)...);
   }
 
-  alignas(64) T factors_[(kMost + 3 + 4 * WordLanes::kLanes - 1) / (4 * WordLanes::kLanes) *
-                         (4 * WordLanes::kLanes)];
+  // A run may begin within a block, and the last batch is made whole.
+  alignas(64) T factors_[(kMost + 3 + kBatch - 1) / kBatch * kBatch];
 };
 
 template <class T>
