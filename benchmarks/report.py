@@ -92,7 +92,8 @@ def _group_table(rows: list[Row]) -> Table:
     for members in grouped(rows, CASE).values():
         by = {row["provider"]: row for row in members}
         cells = [", ".join(str(members[0][name]) for name in "TBIH"), members[0]["cell"]]
-        cells.append(f"{by[first]['median'] * 1e3:.3g}" if first in by else "")
+        wrong = "" if first not in by or by[first].get("agrees", True) else "wrong "
+        cells.append(f"{wrong}{by[first]['median'] * 1e3:.3g}" if first in by else "")
         for name in others:
             cells.append(_ratio(by[name]) if name in by else "")
         row = by.get(main)

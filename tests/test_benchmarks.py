@@ -8,13 +8,14 @@ import pytest
 import torch
 import typer
 from cases import BENCHMARK, CELLS, Case
+from rich.console import Console
 from typer.testing import CliRunner
 
 import lstmx
 from benchmarks import compare, readme, report
 from benchmarks.__main__ import main
 from benchmarks.calls import call, tensors
-from benchmarks.harness import measure, products_flop
+from benchmarks.harness import as_json, measure, products_flop
 from benchmarks.memory import Meter
 from benchmarks.providers import NAMES, make
 
@@ -100,6 +101,23 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, wrong, p):
     monkeypatch.setattr(lstmx.LSTM, "forward", forward)
     with pytest.raises(AssertionError, match="lstmx: "):
         measure(case, mode="training", seconds=0.001)
+
+
+def test_a_torch_that_is_wrong_is_timed_and_said_to_be(monkeypatch):
+    original = torch.nn.LSTM.forward
+
+    def forward(self, x, states=None):
+        y, states = original(self, x, states)
+        return y + (x.dtype == torch.bfloat16), states
+
+    monkeypatch.setattr(torch.nn.LSTM, "forward", forward)
+    case = Case("lstm", T=3, B=4, I=5, H=6)
+    rows = measure(case, mode="forward", dtype=torch.bfloat16, seconds=0.001)
+    assert [row.agrees for row in rows] == [False, True]
+    console = Console(record=True)
+    for table in report.tables(as_json(rows)):
+        console.print(table)
+    assert "wrong" in console.export_text()
 
 
 @pytest.mark.skipif(not Meter.supported, reason="needs Linux's /proc")
