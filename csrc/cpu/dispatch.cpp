@@ -4,6 +4,11 @@
 #include "kernels.h"
 #include "matrix_unit.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lstmx::cpu {
 
 static const KernelTable& choose() {
@@ -40,6 +45,45 @@ bool has_pair_instruction() {
 #else
   return false;
 #endif
+}
+
+bool has_matrix_unit() {
+#if defined(__x86_64__) && defined(__linux__)
+  // Linux saves the unit's registers for processes that ask for them (Documentation/arch/x86/
+  // xstate.rst).
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = __builtin_cpu_supports("amx-tile") &&
+                              __builtin_cpu_supports("amx-bf16") &&
+                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+// Intel's processors take longer for the instruction than for the same terms as float32, AMD's
+// half as long (docs/adr/0008).
+static bool pair_instruction_pays() {
+#if defined(__x86_64__)
+  return has_pair_instruction() && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+bool multiplies_in_pairs() {
+  static const bool pairs = [] {
+    const KernelTable& table = kernels();
+    if (!table.pairs.gates.run) return false;
+    const char* choice = std::getenv("LSTMX_MATRIX_UNIT");
+    const bool wanted = !choice || std::strcmp(choice, "0") != 0;
+    if (wanted && table.matrix_unit.multiply && has_matrix_unit()) {
+      matrix_unit = table.matrix_unit;
+      return true;
+    }
+    return pair_instruction_pays();
+  }();
+  return pairs;
 }
 
 }  // namespace lstmx::cpu

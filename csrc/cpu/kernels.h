@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../sequence.h"
+#include "matrix_unit.h"
 
 namespace lstmx::cpu {
 
@@ -64,6 +65,7 @@ struct KernelTable {
   const char* name;  // as ATEN_CPU_CAPABILITY spells it: default, avx2, avx512
   Kernels by_dtype[kDTypes];
   Kernels pairs;  // for bfloat16, where the processor multiplies it in pairs
+  MatrixUnit matrix_unit;  // for processors of that set that have one
   // out[e - begin] = 0 or 1 / (1 - p) for elements begin <= e < end of W_hh; out is compute.
   void (*mask_float)(const WeightDropout&, int64_t begin, int64_t end, float* out);
   void (*mask_double)(const WeightDropout&, int64_t begin, int64_t end, double* out);
@@ -76,7 +78,12 @@ const KernelTable& kernels();
 // Of that table, for bfloat16 those that multiply it in pairs if wanted. They need the instruction
 // or the matrix unit (matrix_unit.h); where they are not compiled, the others are returned.
 const Kernels& kernels(DType dtype, bool pairs);
+// What the processor has, and whether the system lets this process use it.
 bool has_pair_instruction();
+bool has_matrix_unit();
+// Whether bfloat16 had better be multiplied in pairs. Decided once; the first call puts in the
+// matrix unit, if there is one, unless the environment's LSTMX_MATRIX_UNIT is 0.
+bool multiplies_in_pairs();
 
 extern const KernelTable kBaselineKernels;
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
-// Products of bfloat16 by the processor's matrix unit (AMX). oneDNN drives it, and torch exports
-// that; since nothing here knows torch, the binding puts the functions in.
+// Products of bfloat16 by the processor's matrix unit (AMX, see amx.h), behind pointers: tests put
+// something else in.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +8,19 @@
 
 namespace lstmx::cpu {
 
+// Terms of a sum that the unit takes at once. Of what a panel has fewer of, zeros fill it up.
+constexpr int64_t kUnitTerms = 32;
+
 struct MatrixUnit {
-  // c[m][n] (+)= a[m][k] b, in float. b lies in pairs of rows, [k / 2][n][2]; k is even, n a
-  // multiple of 16. It may compile a kernel for each m, n, k and lda that it meets.
+  // c[m][n] (+)= a[m][k] b, in float. b lies in pairs of rows, [k / 2][n][2], up to a multiple of
+  // kUnitTerms; k is even, n 16, 32, 48 or 64. `next` is what will be b in the next call.
   void (*multiply)(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
-                   const BFloat16* b, bool accumulate, float* c) = nullptr;
+                   const BFloat16* b, const BFloat16* next, bool accumulate, float* c) = nullptr;
   // By each thread, after its last product.
   void (*release)() = nullptr;
 };
 
-// Without functions where there is no such unit. Set before the first kernel runs.
+// Without functions where there is no such unit. Set by multiplies_in_pairs().
 extern MatrixUnit matrix_unit;
 
 }  // namespace lstmx::cpu

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "mask.h"
+#include "matrix_unit.h"
 #include "pass.h"
 #include "vector.h"
 
@@ -19,6 +20,13 @@ constexpr int kGroup = sizeof(O) == 2 ? 2 : 1;
 template <class O>
 constexpr int64_t grouped(int64_t count) {
   return (count + kGroup<O> - 1) / kGroup<O> * kGroup<O>;
+}
+
+// Rows of a panel, the last of them zeros: whatever is multiplied in pairs may meet the matrix unit.
+template <class O>
+constexpr int64_t panel_rows(int64_t depth) {
+  constexpr int64_t kStep = kGroup<O> > 1 ? cpu::kUnitTerms : 1;
+  return (depth + kStep - 1) / kStep * kStep;
 }
 
 // What a matrix is copied through: weight dropout's rule, if it has one. Here a kept weight stays

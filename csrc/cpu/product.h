@@ -156,11 +156,13 @@ LSTMX_INLINE bool by_unit() {
   return kGroup<O> > 1 && cpu::matrix_unit.multiply;
 }
 
-// The matrix unit compiles a kernel for each size; of long operands these are the sizes in k.
+// Terms that go together.
 template <class O>
 LSTMX_INLINE int64_t depth_step() {
-  return by_unit<O>() ? 64 : kGroup<O>;
+  return by_unit<O>() ? cpu::kUnitTerms : kGroup<O>;
 }
+
+constexpr int64_t kUnitRows = 128;  // whose sums stay near while the unit makes them
 
 // All rows times one panel, for the terms of `depth`; scratch [rows][kVectors][lanes] has the sum
 // of the terms before. finish(row, rows, c) is called for each tile, with the sum so far of rows
@@ -173,14 +175,15 @@ LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* p
   const int64_t count = rows.end - rows.begin;
   if constexpr (kGroup<O> > 1 && kLayout == Layout::kByRows) {
     if (by_unit<O>()) {
-      // Rows are taken by powers of two, again for the sake of few sizes.
-      for (int64_t first = 0, tile = 32; first < count; first += tile) {
-        while (tile > count - first) tile /= 2;
-        T* c = scratch + first * kWidth;
-        cpu::matrix_unit.multiply(tile, kWidth, depth.end - depth.begin,
-                                  a + (rows.begin + first) * lda + depth.begin, lda,
-                                  panel + depth.begin * kWidth, depth.begin > 0, c);
-        finish(rows.begin + first, tile, c);
+      const int64_t groups = (count + kUnitRows - 1) / kUnitRows;
+      for (int64_t group = 0; group < groups; ++group) {
+        const Range mine = share(count, int(group), int(groups));
+        T* c = scratch + mine.begin * kWidth;
+        cpu::matrix_unit.multiply(mine.end - mine.begin, kWidth, depth.end - depth.begin,
+                                  a + (rows.begin + mine.begin) * lda + depth.begin, lda,
+                                  panel + depth.begin * kWidth, next + depth.begin * kWidth,
+                                  depth.begin > 0, c);
+        finish(rows.begin + mine.begin, mine.end - mine.begin, c);
       }
       return;
     }
@@ -249,13 +252,13 @@ class Product {
         direct_(std::is_same_v<A, O> && p.a_column == 1 && grouped<O>(p.k) == p.k && p.k > 0),
         terms_(direct_ ? p.k : whole_steps(p.k)),
         depth_(terms_, kRowBlock, sizeof(O), depth_step<O>()),
-        // Packed rows must not all map to the same cache set.
-        lda_(grouped<O>(depth_.length) + 17 * kGroup<O>),
+        // Packed rows must not all map to the same cache set; the unit wants them aligned.
+        lda_(grouped<O>(depth_.length) + (by_unit<O>() ? cpu::kUnitTerms : 17 * kGroup<O>)),
         panel_count_((p.n + kWidth - 1) / kWidth),
         group_(panels_at_once()),
         parts_(p.m * p.n * p.k < 100000 ? 1 : threads),
         carver_(p.workspace) {
-    panels_ = carver_.take<O>(std::min(group_ * kWidth, padded<T>(p.n)) * terms_);
+    panels_ = carver_.take<O>(std::min(group_ * kWidth, padded<T>(p.n)) * panel_rows<O>(terms_));
     if (!direct_) blocks_ = carver_.take<O>(threads * block_size());
     scratch_ = carver_.take<T>(threads * scratch_size());
     masked_ = p.dropout.seed != nullptr && p.workspace != nullptr;
@@ -351,7 +354,7 @@ class Product {
   // Sums that are not done by the first part wait for the next.
   int64_t scratch_size() const { return (depth_.parts > 1 ? group_ : 1) * kWidth * block_rows(); }
   int64_t block_rows() const { return std::min(p_.m, kRowBlock); }
-  O* panel_at(int64_t i) const { return panels_ + i * kWidth * terms_; }
+  O* panel_at(int64_t i) const { return panels_ + i * kWidth * panel_rows<O>(terms_); }
   // All, if rows of a are packed for them; else as many as make a few MB.
   int64_t panels_at_once() const {
     if (!direct_) return panel_count_;
@@ -376,7 +379,7 @@ class Product {
                     to + n * kGroup<O>);
       }
     }
-    std::fill(to + grouped<O>(p_.k) * width, to + terms_ * width, O{});
+    std::fill(to + grouped<O>(p_.k) * width, to + panel_rows<O>(terms_) * width, O{});
   }
 
   // to[row][k - depth.begin]

@@ -1,6 +1,8 @@
 // The sequence kernels for AVX-512.
 #if defined(__x86_64__)
 // Standard headers come first: their inline functions must be compiled for every machine.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -21,9 +23,14 @@
 #define LSTMX_VECTOR_BYTES 64
 #define LSTMX_VECTOR_REGISTERS 32
 #include "sequence_kernels.h"
+#include "amx.h"
 
 namespace lstmx::cpu {
-extern constexpr KernelTable kAvx512Kernels = avx512::kernel_table("avx512");
+extern constexpr KernelTable kAvx512Kernels = [] {
+  KernelTable table = avx512::kernel_table("avx512");
+  table.matrix_unit = {avx512::amx::multiply, avx512::amx::release};
+  return table;
+}();
 }
 
 #if defined(__clang__)

@@ -65,6 +65,7 @@ class Forward {
         B_(p.shape.batch),
         H_(p.shape.hidden),
         Hp_(padded<T>(H_)),
+        h_row_(panel_rows<O>(Hp_)),
         I_(p.shape.inputs),
         tiles_(Hp_ / V::kLanes),
         weight_bytes_(G * H_ * H_ * int64_t{sizeof(O)}),
@@ -73,7 +74,7 @@ class Forward {
     panels_ = carver_.take<O>(tiles_ * panel_size(H_));
     input_panels_ = carver_.take<O>(tiles_ * panel_size(I_));
     for (auto& bias : bias_) bias = carver_.take<T>(G * Hp_);
-    for (auto& h : h_) h = carver_.take<O>(B_ * Hp_);
+    for (auto& h : h_) h = carver_.take<O>(B_ * h_row_);
     for (auto& state : state_) state = carver_.take<T>(B_ * Hp_);
     scratch_ = carver_.take<T>(2 * threads * scratch_size());
     if (p.workspace) mask_ = Mask::make(p.dropout);
@@ -125,8 +126,10 @@ class Forward {
                                  input_panels_ + tile * panel_size(I_), hidden_panel, {0, I_},
                                  input_scratch, [](int64_t, int64_t, const T*) {});
           }
-          multiply_panel<T, G>(h, Hp_, active, hidden_panel, next_panel, {0, grouped<O>(H_)},
-                               scratch, [&](int64_t row, int64_t count, const T* c) {
+          // To the unit, zeros are as good as a rest of its own.
+          const Range depth = {0, by_unit<O>() ? h_row_ : grouped<O>(H_)};
+          multiply_panel<T, G>(h, h_row_, active, hidden_panel, next_panel, depth, scratch,
+                               [&](int64_t row, int64_t count, const T* c) {
                                  const T* cx = input_scratch + (c - scratch);
                                  with_lanes<T>(H_ - tile * V::kLanes, [&](auto lanes) {
                                    finish(walk, tile, lanes, row, count, c, cx, h, h_next);
@@ -141,7 +144,7 @@ class Forward {
   }
 
  private:
-  int64_t panel_size(int64_t depth) const { return grouped<O>(depth) * G * V::kLanes; }
+  int64_t panel_size(int64_t depth) const { return panel_rows<O>(depth) * G * V::kLanes; }
   int64_t scratch_size() const { return B_ * G * V::kLanes; }
 
   void prepare(int member, int team) {
@@ -151,25 +154,25 @@ class Forward {
       if (I_ > 0) pack(tile, p_.w_ih, I_, Mask{}, input_panels_);
     }
     const Range rows = share(B_, member, team);
-    const auto widen_initial = [&](int k, auto* to) {
+    const auto widen_initial = [&](int k, auto* to, int64_t width) {
       widen_rows(at<Storage>(p_.initial[k], rows.begin * H_), rows.end - rows.begin,
-                 to + rows.begin * Hp_);
+                 to + rows.begin * width, width);
     };
     // Rows that join later (a packed sequence in reverse) find their initial state in either
     // buffer.
-    for (O* h : h_) widen_initial(0, h);
-    for (int k = 1; k < Cell::kStates; ++k) widen_initial(k, state_[k - 1]);
+    for (O* h : h_) widen_initial(0, h, h_row_);
+    for (int k = 1; k < Cell::kStates; ++k) widen_initial(k, state_[k - 1], Hp_);
     if (member == 0) {
-      widen_rows(at<Storage>(p_.b_ih, 0), G, bias_[0]);
-      widen_rows(at<Storage>(p_.b_hh, 0), G, bias_[1]);
+      widen_rows(at<Storage>(p_.b_ih, 0), G, bias_[0], Hp_);
+      widen_rows(at<Storage>(p_.b_hh, 0), G, bias_[1], Hp_);
     }
   }
 
-  // [count, H] storage, or null for zeros, to [count, Hp].
+  // [count, H] storage, or null for zeros, to [count, width].
   template <class To>
-  void widen_rows(const Storage* from, int64_t count, To* to) const {
+  void widen_rows(const Storage* from, int64_t count, To* to, int64_t width) const {
     for (int64_t row = 0; row < count; ++row) {
-      copy_run(from + (from ? row * H_ : 0), from ? H_ : 0, Hp_, Mask{}, 0, to + row * Hp_);
+      copy_run(from + (from ? row * H_ : 0), from ? H_ : 0, width, Mask{}, 0, to + row * width);
     }
   }
 
@@ -182,6 +185,7 @@ class Forward {
       pack_turned(at<Storage>(w, element), depth, H_ - unit, depth, mask, element, G * V::kLanes,
                   panel + g * V::kLanes * kGroup<O>);
     }
+    std::fill(panel + grouped<O>(depth) * G * V::kLanes, panel + panel_size(depth), O{});
   }
 
   // c and cx are what h and x give.
@@ -196,7 +200,8 @@ class Forward {
       bias_hh[g] = load<T>(bias_[1] + g * Hp_ + unit);
     }
     for (int64_t row = first; row < first + count; ++row, c += G * V::kLanes) {
-      const int64_t position = (walk.offset + row) * H_ + unit, inner = row * Hp_ + unit;
+      const int64_t position = (walk.offset + row) * H_ + unit, inner = row * Hp_ + unit,
+                    h_inner = row * h_row_ + unit;
       const T* x_gates = I_ > 0 ? cx + (row - first) * G * V::kLanes
                                 : at<T>(p_.x_gates, (walk.offset + row) * p_.x_gates_stride + unit);
       V gates_x[G], gates_h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
@@ -204,14 +209,14 @@ class Forward {
         gates_x[g] = load<T>(x_gates + g * gate_stride, lanes) + bias_ih[g];
         gates_h[g] = load<T>(c + g * V::kLanes) * scale + bias_hh[g];
       }
-      prev[0] = load<T>(h + inner);
+      prev[0] = load<T>(h + h_inner);
       for (int k = 1; k < Cell::kStates; ++k) prev[k] = load<T>(state_[k - 1] + inner);
       Cell::forward(gates_x, gates_h, prev, next, saved);
 
       // What the next step sees is what the caller gets: h rounded to its storage type.
       Storage* y = at<Storage>(p_.states[0], position);
       store(y, next[0], lanes);
-      store(h_next + inner, sizeof(Storage) < sizeof(O) ? load<T>(y, lanes) : next[0]);
+      store(h_next + h_inner, sizeof(Storage) < sizeof(O) ? load<T>(y, lanes) : next[0]);
       for (int k = 1; k < Cell::kStates; ++k) {
         store(state_[k - 1] + inner, next[k]);
         if (p_.states[k]) store(at<Storage>(p_.states[k], position), next[k], lanes);
@@ -229,13 +234,13 @@ class Forward {
   }
 
   const SequenceForwardParams& p_;
-  const int64_t B_, H_, Hp_, I_, tiles_, weight_bytes_;
+  const int64_t B_, H_, Hp_, h_row_, I_, tiles_, weight_bytes_;
   const int parts_;  // of the work, whatever the size of the team
   Carver carver_;
   O* panels_;                                // [tiles][H][G][lanes]
   O* input_panels_;                          // [tiles][I][G][lanes]
   T* bias_[2];                               // [G][Hp]: b_ih, b_hh
-  O* h_[2];                                  // [B][Hp]: of this step and the next
+  O* h_[2];                                  // [B][h_row]: of this step and the next
   std::array<T*, Cell::kStates - 1> state_;  // [B][Hp]: the other states, which change in place
   T* scratch_;                               // [threads][2][B][G][lanes]: of h, of x
   Mask mask_;
@@ -260,8 +265,9 @@ class Backward {
         weight_bytes_(G * H_ * H_ * int64_t{sizeof(O)}),
         parts_(useful_threads(p.shape, weight_bytes_, threads)),
         lead_(grouped<O>(G * H_) - G * H_),
+        panel_rows_(panel_rows<O>(lead_ + G * H_)),
         carver_(p.workspace) {
-    panels_ = carver_.take<O>((lead_ + G * H_) * Hp_);
+    panels_ = carver_.take<O>(panel_rows_ * Hp_);
     for (auto& carry : carry_) carry = carver_.take<T>(B_ * Hp_);
     bias_ = carver_.take<T>(threads * kGrads * Hp_);
     scratch_ = carver_.take<T>(threads * scratch_size());
@@ -310,7 +316,7 @@ class Backward {
 
  private:
   int64_t scratch_size() const { return B_ * Hp_; }
-  O* panel_at(int64_t unit) const { return panels_ + unit * (lead_ + G * H_); }
+  O* panel_at(int64_t unit) const { return panels_ + unit * panel_rows_; }
 
   // panel[row of W_hh][vector][lane], masked. The panels of `vectors` are dealt out to the parts.
   void pack(Range vectors, int part, int parts) const {
@@ -323,6 +329,8 @@ class Backward {
       const int64_t unit = v * V::kLanes, count = std::min(width, H_ - unit);
       pack_straight<kVectors * V::kLanes>(at<Storage>(p_.w_hh, unit), H_, count, G * H_, lead_,
                                           /*rotation=*/0, mask_, unit, width, panel_at(unit));
+      std::fill(panel_at(unit) + (lead_ + G * H_) * width, panel_at(unit) + panel_rows_ * width,
+                O{});
     }
   }
 
@@ -435,8 +443,9 @@ class Backward {
   const int64_t B_, H_, Hp_, weight_bytes_;
   const int parts_;
   const int64_t lead_;  // rows of zeros that fill the panels up to whole groups
+  const int64_t panel_rows_;
   Carver carver_;
-  O* panels_;                // for each panel [lead + G*H][vectors][lanes]
+  O* panels_;                // for each panel [panel_rows][vectors][lanes]
   T* carry_[Cell::kStates];  // [B][Hp]: what has reached each state, but for W_hh's part
   T* bias_;                  // [threads][kGrads][Hp]
   T* scratch_;               // [threads], each [panel][B][vectors][lanes]: sums in the making

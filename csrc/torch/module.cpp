@@ -6,7 +6,6 @@
 #include "../cpu/kernels.h"
 #include "../cpu/matrix_unit.h"
 #include "cache.h"
-#include "matrix_unit.h"
 #if defined(LSTMX_WITH_CUDA)
 #include "../cuda/kernels.h"
 #endif
@@ -37,7 +36,7 @@ py::dict build_info() {
 }
 
 const char* bfloat16_products() {
-  if (!cpu::kernels(DType::kBFloat16, multiply_in_pairs()).dgates_in_storage) return "float32";
+  if (!cpu::kernels(DType::kBFloat16, cpu::multiplies_in_pairs()).dgates_in_storage) return "float32";
   return cpu::matrix_unit.multiply ? "matrix unit" : "pairs";
 }
 

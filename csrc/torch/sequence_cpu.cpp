@@ -7,7 +7,6 @@
 #include "../cpu/kernels.h"
 #include "../cpu/team.h"
 #include "inputs.h"
-#include "matrix_unit.h"
 #include "ops.h"
 
 namespace lstmx {
@@ -17,7 +16,7 @@ struct CpuInputs : Inputs {
   explicit CpuInputs(const SequenceArgs& args)
       : Inputs(args),
         threads(at::get_num_threads()),
-        kernels(cpu::kernels(dtype, multiply_in_pairs())),
+        kernels(cpu::kernels(dtype, cpu::multiplies_in_pairs())),
         cell(kernels.cells[int(kind)]) {}
 
   Tensor workspace(int64_t (*bytes)(const SequenceShape&, int), const SequenceShape& of) const {

@@ -24,8 +24,8 @@ struct Workspace {
 
 // Stands in for the processor's unit.
 void multiply_plainly(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
-                      const BFloat16* b, bool accumulate, float* c) {
-  CHECK(m > 0 && n > 0 && n % 16 == 0 && k > 0 && k % 2 == 0 && lda >= k);
+                      const BFloat16* b, const BFloat16* next, bool accumulate, float* c) {
+  CHECK(m > 0 && n > 0 && n <= 64 && n % 16 == 0 && k > 0 && k % 2 == 0 && lda >= k && next);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       float sum = accumulate ? c[i * n + j] : 0;
@@ -37,11 +37,12 @@ void multiply_plainly(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_
   }
 }
 
-struct PlainMatrixUnit {
-  PlainMatrixUnit() {
-    cpu::matrix_unit = {multiply_plainly, [] { ++releases; }};
-  }
-  ~PlainMatrixUnit() { cpu::matrix_unit = {}; }
+struct WithMatrixUnit {
+  explicit WithMatrixUnit(cpu::MatrixUnit unit) { cpu::matrix_unit = unit; }
+  ~WithMatrixUnit() { cpu::matrix_unit = {}; }
+};
+struct PlainMatrixUnit : WithMatrixUnit {
+  PlainMatrixUnit() : WithMatrixUnit({multiply_plainly, [] { ++releases; }}) {}
   static inline std::atomic<int> releases{0};
 };
 
@@ -138,6 +139,41 @@ TEST(matrix_unit) {
   const PlainMatrixUnit unit;
   check_pairs();
   CHECK(PlainMatrixUnit::releases > 0);
+}
+
+// The processor's own.
+bool has_unit() { return cpu::kernels().matrix_unit.multiply && cpu::has_matrix_unit(); }
+
+TEST(amx) {
+  if (!has_unit()) return;
+  const WithMatrixUnit unit(cpu::kernels().matrix_unit);
+  check_pairs();
+}
+
+// It gives the plain sums, whatever the sizes: few or many rows, all widths, a rest of the depth.
+TEST(amx_products) {
+  if (!has_unit()) return;
+  const auto& unit = cpu::kernels().matrix_unit;
+  for (const int64_t m : {1, 2, 3, 15, 16, 17, 31, 32, 33, 49, 77, 80, 128}) {
+    for (const int64_t n : {16, 32, 48, 64}) {
+      for (const int64_t k : {2, 30, 32, 34, 190, 192, 194, 450}) {
+        // Exact in any order. What lies behind a's rows must not matter.
+        const int64_t lda = k + 6, rows = (k + cpu::kUnitTerms - 1) / cpu::kUnitTerms * 32;
+        std::vector<BFloat16> a(m * lda), b(rows * n);
+        for (int64_t i = 0; i < m * lda; ++i) {
+          narrow(i % lda < k ? float(i % 11) - 5 : NAN, a[i]);
+        }
+        for (int64_t i = 0; i < rows * n; ++i) narrow(i < k * n ? float(i % 7) - 3 : 0, b[i]);
+        std::vector<float> c(m * n, 100), expected(m * n, 100);
+        for (const bool accumulate : {false, true, true}) {
+          multiply_plainly(m, n, k, a.data(), lda, b.data(), b.data(), accumulate, expected.data());
+          unit.multiply(m, n, k, a.data(), lda, b.data(), b.data(), accumulate, c.data());
+          CHECK(c == expected);
+        }
+      }
+    }
+  }
+  unit.release();
 }
 
 TEST(pair_instruction) {
@@ -251,7 +287,12 @@ TEST(products) {
           check_product<float, float>(floats.gates, m, n, k, layout, masked, threads);
           if (!pairs.dgates_in_storage) continue;
           if (cpu::has_pair_instruction()) check(masked);
-          const PlainMatrixUnit unit;
+          {
+            const PlainMatrixUnit unit;
+            check(masked);
+          }
+          if (!has_unit()) continue;
+          const WithMatrixUnit unit(cpu::kernels().matrix_unit);
           check(masked);
         }
       }
