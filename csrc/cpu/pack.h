@@ -185,25 +185,32 @@ LSTMX_INLINE void turn_rows(const BFloat16* from, int64_t ld, int64_t rows, int6
                             int64_t end, BFloat16* to, int64_t to_ld) {
   using Words = Square<BFloat16>;
   constexpr int64_t kLanes = Words::kLanes;
-  const Mask none;
+  static constexpr BFloat16 kZeros[kLanes] = {};
   Words square;
   for (int64_t k = 0; k < end; k += Words::kRun) {
     const int64_t count = std::min<int64_t>(Words::kRun, end - k);
     for (int64_t m = 0; m < rows; m += kLanes) {
       const int64_t columns = std::min(kLanes, rows - m);
       for (int i = 0; i < kLanes; ++i) {
-        BFloat16 pair[2][kLanes];
+        BFloat16 some[2][kLanes] = {};
+        const BFloat16* pair[2];
         for (int half = 0; half < 2; ++half) {
           const int64_t row = k + 2 * i + half;
-          copy_run(row < depth ? from + row * ld + m : from, row < depth ? columns : 0, kLanes,
-                   none, 0, pair[half]);
+          const BFloat16* run = from + row * ld + m;
+          __builtin_prefetch(run + Words::kRun * ld);  // rows are far apart, so not foreseen
+          if (row < depth && columns < kLanes) std::copy_n(run, columns, some[half]);
+          pair[half] = row >= depth ? kZeros : columns < kLanes ? some[half] : run;
         }
         interleave(pair[0], pair[1], kLanes, square.rows[i]);
       }
       square.transpose();
       for (int64_t i = 0; i < columns; ++i) {
-        std::memcpy(to + (m + i) * to_ld + k, square.rows[i],
-                    static_cast<size_t>(count) * sizeof(BFloat16));
+        BFloat16* run = to + (m + i) * to_ld + k;
+        if (count == Words::kRun) {
+          std::memcpy(run, square.rows[i], sizeof(square.rows[i]));
+        } else {
+          std::copy_n(square.rows[i], count, run);
+        }
       }
     }
   }
