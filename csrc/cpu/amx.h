@@ -15,9 +15,6 @@
 namespace lstmx::LSTMX_ISA::amx {
 
 constexpr int kRows = 16, kColumns = 16, kTerms = cpu::kUnitTerms;
-// Terms at a time, so that their part of b stays in the first-level cache while all rows meet it.
-constexpr int64_t kBlockSteps = 6;
-
 // Tiles 0 ... 3 hold sums, 4 and 5 parts of a, 6 and 7 parts of b.
 constexpr int kA = 4, kB = 6;
 
@@ -163,40 +160,26 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t
   // stored, so that tiles go by pairs, after one alone if their number is odd.
   const int64_t tiles = (m + kRows - 1) / kRows, height = (m + tiles - 1) / tiles;
   configure(static_cast<int>(height));
-  const int64_t steps = (k + kTerms - 1) / kTerms;
-  const int64_t blocks = (steps + kBlockSteps - 1) / kBlockSteps;
   const int64_t calls = tiles / 2 * ((n + 2 * kColumns - 1) / (2 * kColumns)) + tiles % 2;
+  const Block block = {lda, k / kTerms, b, n, accumulate, (n + calls - 1) / calls};
+  const char* ahead = reinterpret_cast<const char*>(next);
+  const int64_t left = k % kTerms;
   Rest rest[2];
-  for (int64_t i = 0; i < blocks; ++i) {
-    const Range part = share(steps, int(i), int(blocks));
-    const int64_t first = part.begin * kTerms, terms = std::min(k, part.end * kTerms) - first;
-    const int64_t left = terms % kTerms;
-    const Block block = {
-        lda,
-        terms / kTerms,
-        b + first * n,
-        n,
-        accumulate || i > 0,
-        (n + calls - 1) / calls,
-    };
-    const char* ahead =
-        reinterpret_cast<const char*>(i + 1 < blocks ? b + part.end * kTerms * n : next);
-    const auto multiply_rows = [&]<int kTall>(std::integral_constant<int, kTall>, int64_t tile) {
-      const BFloat16* from[2];
-      float* to[2];
-      for (int t = 0; t < 2; ++t) {
-        const int64_t row = std::min((tile + t) * height, m - height);
-        from[t] = a + row * lda + first, to[t] = c + row * n;
-        if (left > 0 && t < kTall) {
-          rest[t].copy(from[t] + block.steps * kTerms, lda, left, static_cast<int>(height));
-        }
+  const auto multiply_rows = [&]<int kTall>(std::integral_constant<int, kTall>, int64_t tile) {
+    const BFloat16* from[2];
+    float* to[2];
+    for (int t = 0; t < 2; ++t) {
+      const int64_t row = std::min((tile + t) * height, m - height);
+      from[t] = a + row * lda, to[t] = c + row * n;
+      if (left > 0 && t < kTall) {
+        rest[t].copy(from[t] + block.steps * kTerms, lda, left, static_cast<int>(height));
       }
-      multiply_tile_rows<kTall>(block, from, left > 0 ? rest : nullptr, ahead, to);
-    };
-    if (tiles % 2 > 0) multiply_rows(std::integral_constant<int, 1>{}, 0);
-    for (int64_t tile = tiles % 2; tile < tiles; tile += 2) {
-      multiply_rows(std::integral_constant<int, 2>{}, tile);
     }
+    multiply_tile_rows<kTall>(block, from, left > 0 ? rest : nullptr, ahead, to);
+  };
+  if (tiles % 2 > 0) multiply_rows(std::integral_constant<int, 1>{}, 0);
+  for (int64_t tile = tiles % 2; tile < tiles; tile += 2) {
+    multiply_rows(std::integral_constant<int, 2>{}, tile);
   }
 }
 

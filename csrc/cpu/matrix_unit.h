@@ -8,12 +8,15 @@
 
 namespace lstmx::cpu {
 
-// Terms of a sum that the unit takes at once. Of what a panel has fewer of, zeros fill it up.
+// Terms of a sum that the unit takes in a step. Where b has fewer, zeros fill it up.
 constexpr int64_t kUnitTerms = 32;
+// Steps for which 64 columns of b stay in the first-level cache, while all rows meet them.
+constexpr int64_t kUnitSteps = 6;
 
 struct MatrixUnit {
   // c[m][n] (+)= a[m][k] b, in float. b lies in pairs of rows, [k / 2][n][2], up to a multiple of
-  // kUnitTerms; k is even, n 16, 32, 48 or 64. `next` is what will be b in the next call.
+  // kUnitTerms; k is even, n 16, 32, 48 or 64. `next` is what will be b in the next call: as much of
+  // it as of b is fetched into the second-level cache.
   void (*multiply)(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
                    const BFloat16* b, const BFloat16* next, bool accumulate, float* c) = nullptr;
   // By each thread, after its last product.

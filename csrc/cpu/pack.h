@@ -171,6 +171,9 @@ void pack_straight(const S* from, int64_t ld, int64_t columns, int64_t depth, in
   for (int64_t k = -lead; k < depth; k += kGroup<O>, to += kGroup<O> * width) {
     if constexpr (kGroup<O> == 1) {
       copy(k, to);
+    } else if (columns == kMost && !mask.any && k >= 0 && k + 1 < depth) {
+      const int64_t first = rotated(k, rotation, depth), second = rotated(k + 1, rotation, depth);
+      interleave(from + first * ld, from + second * ld, kMost, to);
     } else {
       O first[kMost], second[kMost];
       copy(k, first);

@@ -168,22 +168,38 @@ constexpr int64_t kUnitRows = 128;  // whose sums stay near while the unit makes
 // of the terms before. finish(row, rows, c) is called for each tile, with the sum so far of rows
 // row, row + 1, ... in c[rows][kVectors][lanes]. `next` is the panel whose turn is next: panels
 // come from far away, and unless fetched ahead, the first tile would wait for each block of them.
-template <class T, int kVectors, Layout kLayout = Layout::kByRows, class O, class Finish>
+// The matrix unit is so fast that what finish meets would be waited for as well: fetch(row, rows)
+// fetches it, some rows with each block.
+template <class T, int kVectors, Layout kLayout = Layout::kByRows, class O, class Fetch,
+          class Finish>
 LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* panel, const O* next,
-                                 Range depth, T* scratch, Finish&& finish) {
+                                 Range depth, T* scratch, Fetch&& fetch, Finish&& finish) {
   constexpr int64_t kWidth = kVectors * Vec<T>::kLanes;
   const int64_t count = rows.end - rows.begin;
   if constexpr (kGroup<O> > 1 && kLayout == Layout::kByRows) {
     if (by_unit<O>()) {
-      const int64_t groups = (count + kUnitRows - 1) / kUnitRows;
-      for (int64_t group = 0; group < groups; ++group) {
-        const Range mine = share(count, int(group), int(groups));
-        T* c = scratch + mine.begin * kWidth;
-        cpu::matrix_unit.multiply(mine.end - mine.begin, kWidth, depth.end - depth.begin,
-                                  a + (rows.begin + mine.begin) * lda + depth.begin, lda,
-                                  panel + depth.begin * kWidth, next + depth.begin * kWidth,
-                                  depth.begin > 0, c);
-        finish(rows.begin + mine.begin, mine.end - mine.begin, c);
+      const int groups = int((count + kUnitRows - 1) / kUnitRows);
+      const int64_t steps = (depth.end - depth.begin + cpu::kUnitTerms - 1) / cpu::kUnitTerms;
+      const int blocks = int((steps + cpu::kUnitSteps - 1) / cpu::kUnitSteps);
+      const auto terms = [&](int block) {
+        const Range part = share(steps, block, blocks);
+        return Range{depth.begin + part.begin * cpu::kUnitTerms,
+                     std::min(depth.end, depth.begin + part.end * cpu::kUnitTerms)};
+      };
+      for (int group = 0; group < groups; ++group) {
+        const Range part = share(count, group, groups);
+        const int64_t first = rows.begin + part.begin, mine = part.end - part.begin;
+        T* c = scratch + part.begin * kWidth;
+        for (int block = 0; block < blocks; ++block) {
+          const Range met = share(mine, block, blocks), k = terms(block);
+          fetch(first + met.begin, met.end - met.begin);
+          const O* following = block + 1 < blocks   ? panel + k.end * kWidth
+                               : group + 1 < groups ? panel + depth.begin * kWidth
+                                                    : next + depth.begin * kWidth;
+          cpu::matrix_unit.multiply(mine, kWidth, k.end - k.begin, a + first * lda + k.begin, lda,
+                                    panel + k.begin * kWidth, following, k.begin > 0, c);
+        }
+        finish(first, mine, c);
       }
       return;
     }
@@ -333,7 +349,12 @@ class Product {
         multiply_panel<T, n, kLayout>(
             a, lda, {0, count}, const_cast<const O*>(panel_at(i)),
             const_cast<const O*>(panel_at((i + 1) % (group.end - group.begin))), depth_.part(d),
-            sums, [&](int64_t row, int64_t rows, const T* c) {
+            sums,
+            [&](int64_t row, int64_t rows) {
+              if (last && !p_.c_turned) fetch(first + row, rows, panel * kWidth, n);
+              fetch_next(a, lda, count, row, rows, d, i, group.end - group.begin);
+            },
+            [&](int64_t row, int64_t rows, const T* c) {
               if (last && !p_.c_turned) finish(first + row, rows, panel * kWidth, n, c);
             });
         if (last && p_.c_turned) finish_turned(first, count, panel * kWidth, n, sums);
@@ -388,6 +409,26 @@ class Product {
     for (int64_t row = 0; row < count; ++row) {
       copy_run(at<A>(p_.a, (first + row) * p_.a_row + depth.begin), known, depth.end - depth.begin,
                Mask{}, 0, to + row * lda_);
+    }
+  }
+
+  // Of what comes after rows [0, count) and part d of the depth, the share of panel i of `panels`
+  // in rows [row, row + rows).
+  LSTMX_INLINE void fetch_next(const O* a, int64_t lda, int64_t count, int64_t row, int64_t rows,
+                               int64_t d, int64_t i, int64_t panels) const {
+    if (!direct_) return;  // packing has its own pace
+    const bool last = d + 1 == depth_.parts;
+    const O* next = last ? a + count * lda : a + depth_.part(d + 1).begin;
+    for (int64_t r = row; r < row + rows; ++r) {
+      if (r % panels == i) fetch_run(next + r * lda, depth_.length);
+    }
+  }
+
+  // c itself, where finish will come.
+  LSTMX_INLINE void fetch(int64_t first, int64_t rows, int64_t column, int vectors) const {
+    for (int64_t row = first; row < first + rows; ++row) {
+      fetch_run(at<C>(p_.c, rotated(row, p_.c_rotation, p_.m) * p_.c_row + column),
+                vectors * V::kLanes);
     }
   }
 

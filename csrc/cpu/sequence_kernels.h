@@ -124,17 +124,20 @@ class Forward {
           if (I_ > 0) {
             multiply_panel<T, G>(at<O>(p_.x, walk.offset * I_), I_, active,
                                  input_panels_ + tile * panel_size(I_), hidden_panel, {0, I_},
-                                 input_scratch, [](int64_t, int64_t, const T*) {});
+                                 input_scratch, [](int64_t, int64_t) {},
+                                 [](int64_t, int64_t, const T*) {});
           }
           // To the unit, zeros are as good as a rest of its own.
           const Range depth = {0, by_unit<O>() ? h_row_ : grouped<O>(H_)};
-          multiply_panel<T, G>(h, h_row_, active, hidden_panel, next_panel, depth, scratch,
-                               [&](int64_t row, int64_t count, const T* c) {
-                                 const T* cx = input_scratch + (c - scratch);
-                                 with_lanes<T>(H_ - tile * V::kLanes, [&](auto lanes) {
-                                   finish(walk, tile, lanes, row, count, c, cx, h, h_next);
-                                 });
-                               });
+          multiply_panel<T, G>(
+              h, h_row_, active, hidden_panel, next_panel, depth, scratch,
+              [&](int64_t row, int64_t count) { fetch(walk, tile, row, count); },
+              [&](int64_t row, int64_t count, const T* c) {
+                const T* cx = input_scratch + (c - scratch);
+                with_lanes<T>(H_ - tile * V::kLanes, [&](auto lanes) {
+                  finish(walk, tile, lanes, row, count, c, cx, h, h_next);
+                });
+              });
         }
       }
       if (partition.unit_parts > 1) barrier_.wait(team);
@@ -186,6 +189,22 @@ class Forward {
                   panel + g * V::kLanes * kGroup<O>);
     }
     std::fill(panel + grouped<O>(depth) * G * V::kLanes, panel + panel_size(depth), O{});
+  }
+
+  // What finish meets that is not in the cache: mostly where it writes.
+  LSTMX_INLINE void fetch(const Walk& walk, int64_t tile, int64_t first, int64_t count) const {
+    const int64_t unit = tile * V::kLanes;
+    for (int64_t row = walk.offset + first; row < walk.offset + first + count; ++row) {
+      for (int k = 0; k < Cell::kStates; ++k) {
+        if (p_.states[k]) fetch_run(at<Storage>(p_.states[k], row * H_ + unit), V::kLanes);
+      }
+      for (int s = 0; p_.saved && s < Cell::kSaved; ++s) {
+        fetch_run(at<Storage>(p_.saved, (row * Cell::kSaved + s) * H_ + unit), V::kLanes);
+      }
+      for (int g = 0; I_ == 0 && g < G; ++g) {
+        fetch_run(at<T>(p_.x_gates, row * p_.x_gates_stride + g * H_ + unit), V::kLanes);
+      }
+    }
   }
 
   // c and cx are what h and x give.
@@ -371,12 +390,42 @@ class Backward {
     if (with_product > rows.begin) {
       // The column before, if one leads, meets a row of zeros.
       const O* dgates =
-          at<O>(p_.dgates, walk.previous_offset * kGrads * H_ + Cell::kHiddenGrads * H_ - lead_);
+          at<O>(p_.dgates, walk.previous_offset * p_.dgates_row + Cell::kHiddenGrads * H_ - lead_);
       multiply_panel<T, kCount>(
-          dgates, kGrads * H_, {rows.begin, with_product}, const_cast<const O*>(panel_at(unit)),
-          const_cast<const O*>(panel_at(next_unit)), depth, sums, finish_tile);
+          dgates, p_.dgates_row, {rows.begin, with_product}, const_cast<const O*>(panel_at(unit)),
+          const_cast<const O*>(panel_at(next_unit)), depth, sums,
+          [&](int64_t row, int64_t count) {
+            if (last) fetch(walk, unit, kCount * V::kLanes, row, count);
+          },
+          finish_tile);
     }
     if (all > with_product) finish_tile(with_product, all - with_product, nullptr);
+  }
+
+  // What finish meets that is not in the cache.
+  LSTMX_INLINE void fetch(const Walk& walk, int64_t unit, int64_t units, int64_t first,
+                          int64_t count) const {
+    for (int64_t row = first; row < std::min(first + count, walk.rows); ++row) {
+      const int64_t here = walk.offset + row;
+      for (int k = 0; k < Cell::kStates; ++k) {
+        if (p_.dstates[k]) fetch_run(at<Storage>(p_.dstates[k], here * H_ + unit), units);
+        fetch_run(at<Storage>(p_.states[k], here * H_ + unit), units);
+        fetch_run(state_before(walk, k, row, unit), units);
+      }
+      for (int s = 0; s < Cell::kSaved; ++s) {
+        fetch_run(at<Storage>(p_.saved, (here * Cell::kSaved + s) * H_ + unit), units);
+      }
+      for (int g = 0; g < kGrads; ++g) {
+        fetch_run(at<O>(p_.dgates, here * p_.dgates_row + g * H_ + unit), units);
+      }
+    }
+  }
+
+  // Of state k, what a step found.
+  LSTMX_INLINE const Storage* state_before(const Walk& walk, int k, int64_t row,
+                                           int64_t unit) const {
+    return row < walk.next_rows ? at<Storage>(p_.states[k], (walk.next_offset + row) * H_ + unit)
+                                : at<Storage>(p_.initial[k], row * H_ + unit);
   }
 
   template <class Lanes>
@@ -405,10 +454,7 @@ class Backward {
           dnext[k] = dnext[k] + load<T>(at<Storage>(p_.dstates[k], position), lanes);
         }
         next[k] = load<T>(at<Storage>(p_.states[k], position), lanes);
-        const Storage* before =
-            row < walk.next_rows ? at<Storage>(p_.states[k], (walk.next_offset + row) * H_ + unit)
-                                 : at<Storage>(p_.initial[k], row * H_ + unit);
-        prev[k] = load<T>(before, lanes);
+        prev[k] = load<T>(state_before(walk, k, row, unit), lanes);
       }
       const Storage* from = at<Storage>(p_.saved, (walk.offset + row) * Cell::kSaved * H_ + unit);
       for (int s = 0; s < Cell::kSaved; ++s) saved[s] = load<T>(from + s * H_, lanes);
@@ -416,7 +462,7 @@ class Backward {
       V dgates[kGrads], dprev[Cell::kStates];
       Cell::backward(saved, prev, next, dnext, dgates, dprev);
 
-      O* to = at<O>(p_.dgates, (walk.offset + row) * kGrads * H_ + unit);
+      O* to = at<O>(p_.dgates, (walk.offset + row) * p_.dgates_row + unit);
       for (int g = 0; g < kGrads; ++g) {
         store(to + g * H_, dgates[g], lanes);
         sum[g] = sum[g] + dgates[g];

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include "../cpu/kernels.h"
+#include "../cpu/matrix_unit.h"
 #include "../cpu/team.h"
 #include "inputs.h"
 #include "ops.h"
@@ -207,12 +208,15 @@ class Backward {
     const int64_t saves = in_.N * (gates + storage + grad) * in_.H;  // with what dW_hh is made of
     const int64_t w_hh = in_.w_hh.numel(), weights = in_.w_ih.numel() + w_hh;
     const int64_t takes = (recompute_ ? weights : w_hh) * grad + weights * (compute - storage);
+    const int64_t worthwhile = by_unit() ? 2048 : 512;
     const int64_t least =
-        recompute_ ? 256 : std::max<int64_t>(512, (4 << 20) / (in_.grads * in_.H * compute));
+        recompute_ ? 256 : std::max(worthwhile, (4 << 20) / (in_.grads * in_.H * compute));
     const int64_t most = std::min<int64_t>({in_.N / least, in_.shape.steps, 8});
     const int64_t wanted = 2 * saves / takes;
     return wanted < 3 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1));
   }
+
+  bool by_unit() const { return in_.kernels.dgates_in_storage && in_.x.element_size() == 2 && cpu::matrix_unit.multiply; }
 
   struct Steps {
     bool at_start;        // they are the first that forward took
@@ -238,8 +242,12 @@ class Backward {
     if (!whole) p.shape.steps = count / B;
     const auto h_prev = recompute_ || need_w_hh_ ? previous(0, steps) : Tensor();
     auto saved = recompute_ ? gates(h_prev, steps) : rows(saved_);
-    auto dgates = in_.kernels.dgates_in_storage ? in_.empty({count, in_.grads * H})
-                                                : in_.empty_compute({count, in_.grads * H});
+    // The matrix unit reads whole lines of the cache.
+    const int64_t line = 64 / (by_unit() ? in_.x.element_size() : 64);
+    const int64_t dgates_row = (in_.grads * H + line - 1) / line * line;
+    auto dgates = (in_.kernels.dgates_in_storage ? in_.empty({count, dgates_row})
+                                                 : in_.empty_compute({count, dgates_row}))
+                      .narrow(1, 0, in_.grads * H);
     auto dbias = in_.empty_compute({in_.grads * H});
     p.dropout = in_.dropout;
     const bool one_step = in_.shape.steps == 1;  // it does not pay for packing W_hh
@@ -256,7 +264,7 @@ class Backward {
       p.dinitial[k] = dinitial[k].defined() ? dinitial[k].mutable_data_ptr() : nullptr;
     }
     p.saved = saved.const_data_ptr();
-    p.dgates = dgates.mutable_data_ptr();
+    p.dgates = dgates.mutable_data_ptr(), p.dgates_row = dgates_row;
     p.dbias = dbias.mutable_data_ptr();
     p.packed = workspace_.defined();
     if (!p.packed) workspace_ = in_.workspace(in_.cell.backward_workspace, in_.shape);
