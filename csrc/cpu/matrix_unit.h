@@ -10,8 +10,9 @@ namespace lstmx::cpu {
 
 // Terms of a sum that the unit takes in a step. Where b has fewer, zeros fill it up.
 constexpr int64_t kUnitTerms = 32;
-// Steps for which 64 columns of b stay in the first-level cache, while all rows meet them.
-constexpr int64_t kUnitSteps = 6;
+// Steps for which 64 columns of b stay in the first-level cache, while all rows meet them; and
+// steps that are taken at once if they are all, so that no sum is stored in between.
+constexpr int64_t kUnitSteps = 6, kAllUnitSteps = 12;
 
 struct MatrixUnit {
   // c[m][n] (+)= a[m][k] b, in float. b lies in pairs of rows, [k / 2][n][2], up to a multiple of

@@ -190,19 +190,20 @@ LSTMX_INLINE void turn_rows(const BFloat16* from, int64_t ld, int64_t rows, int6
   constexpr int64_t kLanes = Words::kLanes;
   static constexpr BFloat16 kZeros[kLanes] = {};
   Words square;
+  BFloat16 some[2][kLanes] = {};
   for (int64_t k = 0; k < end; k += Words::kRun) {
     const int64_t count = std::min<int64_t>(Words::kRun, end - k);
     for (int64_t m = 0; m < rows; m += kLanes) {
       const int64_t columns = std::min(kLanes, rows - m);
       for (int i = 0; i < kLanes; ++i) {
-        BFloat16 some[2][kLanes] = {};
         const BFloat16* pair[2];
         for (int half = 0; half < 2; ++half) {
           const int64_t row = k + 2 * i + half;
           const BFloat16* run = from + row * ld + m;
           __builtin_prefetch(run + Words::kRun * ld);  // rows are far apart, so not foreseen
-          if (row < depth && columns < kLanes) std::copy_n(run, columns, some[half]);
-          pair[half] = row >= depth ? kZeros : columns < kLanes ? some[half] : run;
+          if (row >= depth) run = kZeros;
+          if (columns < kLanes) run = std::copy_n(run, columns, some[half]) - columns;
+          pair[half] = run;
         }
         interleave(pair[0], pair[1], kLanes, square.rows[i]);
       }
