@@ -61,9 +61,12 @@ def gru() -> str:
     return _rows(["model 7 with a GRU", "valid loss", "accuracy", "seconds"], rows)
 
 
-def speed() -> str:
-    """Ratios of all files cpu-*.json of results: geometric means, then the cases of training."""
-    files = sorted(RESULTS.glob("cpu-*.json"), reverse=True)  # float32 before bfloat16
+def speed(machine: str = "") -> str:
+    """Ratios of all files cpu-[machine-]dtype.json: geometric means, then the cases of training."""
+    # float32 before bfloat16
+    files = sorted(RESULTS.glob(f"cpu-{machine}[bf]*[0-9].json"), reverse=True)
+    if not files:
+        return ABSENT
     results = [json.loads(file.read_text()) for file in files]
     measured = [row for result in results for row in result["measurements"]]
     ours = [row for row in measured if row["provider"] == "lstmx"]
@@ -100,13 +103,30 @@ def speed() -> str:
             words += f", without / with weight dropout of {dropouts[-1]:g}"
         parts += [words + ":", _rows(["T, B, I, H", *names], rows)]
 
-    machine = results[0]["environment"]
+    here = results[0]["environment"]
     links = ", ".join(f"[{file.stem}](benchmarks/results/{file.name})" for file in files)
     parts.append(
-        f"{machine['processor']}, {machine['cores']} cores, {machine['instruction_set']}, "
-        f"torch {machine['torch']}; all numbers: {links}."
+        f"{here['processor']}, {here['cores']} cores, {here['instruction_set']}, "
+        f"torch {here['torch']}; all numbers: {links}."
     )
+    wrong = {
+        (row["cell"], *(row[key] for key in "TBIH"))
+        for row in measured
+        if row["provider"] == "torch" and not row.get("agrees", True)
+    }
+    if wrong:
+        names = "; ".join(
+            f"{cell.upper()} ({', '.join(map(str, s))})" for cell, *s in sorted(wrong)
+        )
+        parts.append(
+            f"torch's gradients are wrong there in bfloat16, compared with float32: {names}."
+        )
     return "\n\n".join(parts)
+
+
+def speed_amx() -> str:
+    """The same of a processor with AMX."""
+    return speed("amx-")
 
 
 # ---- docs/results.md -----------------------------------------------------------------------------
@@ -287,6 +307,7 @@ def text_classifier() -> str:
 TABLES = {
     "chapter": chapter,
     "speed": speed,
+    "speed_amx": speed_amx,
     "gru": gru,
     "language_model_curves": language_model_curves,
     "language_model_speed": language_model_speed,

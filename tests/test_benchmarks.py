@@ -209,6 +209,15 @@ def test_the_table_of_speed(monkeypatch, tmp_path):
     table += ["| 1, 1, 1, 1 | 2.00 / 3.00 |", "| 2, 1, 1, 1 | 8.00 / 3.00 |"]
     assert lines[start + 2 : start + 6] == table
 
+    # Another machine's, where torch.nn was wrong once, in files of their own.
+    results["measurements"] = rows_of(5.0, dtype="bfloat16")
+    results["measurements"][0]["agrees"] = False
+    (tmp_path / "cpu-amx-bfloat16.json").write_text(json.dumps(results))
+    other = readme.speed_amx().splitlines()
+    assert "| training, bfloat16 | 5.00 |" in other
+    assert other[-1].endswith("in bfloat16, compared with float32: GRU (1, 1, 1, 1).")
+    assert readme.speed().splitlines() == lines
+
 
 # What documents say of a machine and of sizes.
 MACHINE = {

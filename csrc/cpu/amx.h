@@ -1,6 +1,6 @@
 // The matrix unit of x86 processors, AMX (Intel 64 Software Developer's Manual, volume 1, chapter
-// 18). It has eight tiles, registers of up to 16 rows of 64 bytes; one instruction adds to a tile of
-// 16 x 16 sums the product of 16 x 32 numbers of a and 32 x 16 of b.
+// 18). It has eight tiles, registers of up to 16 rows of 64 bytes; one instruction adds to a tile
+// of 16 x 16 sums the product of 16 x 32 numbers of a and 32 x 16 of b.
 #pragma once
 
 #include <algorithm>
@@ -88,8 +88,8 @@ void multiply_tiles(const Block& block, const BFloat16* const (&a)[2], const Res
   const int64_t c_bytes = block.width * int64_t{sizeof(float)}, b_bytes = block.width * 4;
   const auto for_sums = [&](auto&& body) __attribute__((always_inline)) {
     // The index of a tile must be a constant.
-    const auto row = [&]<int kRow>(std::integral_constant<int, kRow>)
-        __attribute__((always_inline)) {
+    const auto row = [&]<int kRow>(
+                         std::integral_constant<int, kRow>) __attribute__((always_inline)) {
       float* to = c[kRow] + column;
       [&]<int... kColumn>(std::integer_sequence<int, kColumn...>) __attribute__((always_inline)) {
         (body(std::integral_constant<int, kRow * kWide + kColumn>{}, to + kColumn * kColumns), ...);
@@ -98,8 +98,8 @@ void multiply_tiles(const Block& block, const BFloat16* const (&a)[2], const Res
     row(std::integral_constant<int, 0>{});
     if constexpr (kTall > 1) row(std::integral_constant<int, 1>{});
   };
-  const auto add = [&](const void* a0, const void* a1, int64_t a_bytes, const BFloat16* b)
-      __attribute__((always_inline)) {
+  const auto add = [&](const void* a0, const void* a1, int64_t a_bytes,
+                       const BFloat16* b) __attribute__((always_inline)) {
     load<kA>(a0, a_bytes);
     if constexpr (kTall > 1) load<kA + 1>(a1, a_bytes);
     [&]<int... kColumn>(std::integer_sequence<int, kColumn...>) __attribute__((always_inline)) {

@@ -64,7 +64,7 @@ struct Kernels {
 struct KernelTable {
   const char* name;  // as ATEN_CPU_CAPABILITY spells it: default, avx2, avx512
   Kernels by_dtype[kDTypes];
-  Kernels pairs;  // for bfloat16, where the processor multiplies it in pairs
+  Kernels pairs;           // for bfloat16, where the processor multiplies it in pairs
   MatrixUnit matrix_unit;  // for processors of that set that have one
   // out[e - begin] = 0 or 1 / (1 - p) for elements begin <= e < end of W_hh; out is compute.
   void (*mask_float)(const WeightDropout&, int64_t begin, int64_t end, float* out);

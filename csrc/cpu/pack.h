@@ -22,7 +22,8 @@ constexpr int64_t grouped(int64_t count) {
   return (count + kGroup<O> - 1) / kGroup<O> * kGroup<O>;
 }
 
-// Rows of a panel, the last of them zeros: whatever is multiplied in pairs may meet the matrix unit.
+// Rows of a panel, the last of them zeros: whatever is multiplied in pairs may meet the matrix
+// unit.
 template <class O>
 constexpr int64_t panel_rows(int64_t depth) {
   constexpr int64_t kStep = kGroup<O> > 1 ? cpu::kUnitTerms : 1;

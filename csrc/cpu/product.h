@@ -180,9 +180,8 @@ LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* p
     if (by_unit<O>()) {
       const int groups = int((count + kUnitRows - 1) / kUnitRows);
       const int64_t steps = (depth.end - depth.begin + cpu::kUnitTerms - 1) / cpu::kUnitTerms;
-      const int blocks = steps <= cpu::kAllUnitSteps
-                             ? 1
-                             : int((steps + cpu::kUnitSteps - 1) / cpu::kUnitSteps);
+      const int blocks =
+          steps <= cpu::kAllUnitSteps ? 1 : int((steps + cpu::kUnitSteps - 1) / cpu::kUnitSteps);
       const auto terms = [&](int block) {
         const Range part = share(steps, block, blocks);
         return Range{depth.begin + part.begin * cpu::kUnitTerms,

@@ -22,8 +22,8 @@
 #define LSTMX_ISA avx512
 #define LSTMX_VECTOR_BYTES 64
 #define LSTMX_VECTOR_REGISTERS 32
-#include "sequence_kernels.h"
 #include "amx.h"
+#include "sequence_kernels.h"
 
 namespace lstmx::cpu {
 extern constexpr KernelTable kAvx512Kernels = [] {
@@ -31,7 +31,7 @@ extern constexpr KernelTable kAvx512Kernels = [] {
   table.matrix_unit = {avx512::amx::multiply, avx512::amx::release};
   return table;
 }();
-}
+}  // namespace lstmx::cpu
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -122,10 +122,10 @@ class Forward {
           const O* next_panel =
               I_ > 0 ? input_panels_ + next * panel_size(I_) : panels_ + next * panel_size(H_);
           if (I_ > 0) {
-            multiply_panel<T, G>(at<O>(p_.x, walk.offset * I_), I_, active,
-                                 input_panels_ + tile * panel_size(I_), hidden_panel, {0, I_},
-                                 input_scratch, [](int64_t, int64_t) {},
-                                 [](int64_t, int64_t, const T*) {});
+            multiply_panel<T, G>(
+                at<O>(p_.x, walk.offset * I_), I_, active, input_panels_ + tile * panel_size(I_),
+                hidden_panel, {0, I_}, input_scratch, [](int64_t, int64_t) {},
+                [](int64_t, int64_t, const T*) {});
           }
           // To the unit, zeros are as good as a rest of its own.
           const Range depth = {0, by_unit<O>() ? h_row_ : grouped<O>(H_)};

@@ -36,7 +36,8 @@ py::dict build_info() {
 }
 
 const char* bfloat16_products() {
-  if (!cpu::kernels(DType::kBFloat16, cpu::multiplies_in_pairs()).dgates_in_storage) return "float32";
+  if (!cpu::kernels(DType::kBFloat16, cpu::multiplies_in_pairs()).dgates_in_storage)
+    return "float32";
   return cpu::matrix_unit.multiply ? "matrix unit" : "pairs";
 }
 

@@ -216,7 +216,9 @@ class Backward {
     return wanted < 3 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1));
   }
 
-  bool by_unit() const { return in_.kernels.dgates_in_storage && in_.x.element_size() == 2 && cpu::matrix_unit.multiply; }
+  bool by_unit() const {
+    return in_.kernels.dgates_in_storage && in_.x.element_size() == 2 && cpu::matrix_unit.multiply;
+  }
 
   struct Steps {
     bool at_start;        // they are the first that forward took
@@ -243,7 +245,7 @@ class Backward {
     const auto h_prev = recompute_ || need_w_hh_ ? previous(0, steps) : Tensor();
     auto saved = recompute_ ? gates(h_prev, steps) : rows(saved_);
     // The matrix unit reads whole lines of the cache.
-    const int64_t line = 64 / (by_unit() ? in_.x.element_size() : 64);
+    const int64_t line = by_unit() ? 64 / in_.x.element_size() : 1;
     const int64_t dgates_row = (in_.grads * H + line - 1) / line * line;
     auto dgates = (in_.kernels.dgates_in_storage ? in_.empty({count, dgates_row})
                                                  : in_.empty_compute({count, dgates_row}))
