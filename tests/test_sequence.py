@@ -30,7 +30,12 @@ def test_float64_equals_reference_and_torch(case):
 
 @pytest.mark.parametrize("case", cases.PARITY + cases.CPU_PATHS, ids=str)
 def test_float32_equals_torch(case):
-    assert_same(run("lstmx", case, torch.float32), run("torch", case, torch.float32), **FLOAT32)
+    got, expected = (run(name, case, torch.float32) for name in ("lstmx", "torch"))
+    for name, tensor in expected.items():
+        # The tolerance is for numbers near 1; gradients of weights are sums over all rows.
+        scale = max(1.0, tensor.square().mean().sqrt().item())
+        tolerance = FLOAT32 | {"atol": FLOAT32["atol"] * scale}
+        assert_same(got, expected, [name], **tolerance)
 
 
 @pytest.mark.parametrize("memory", ["high", "low"])

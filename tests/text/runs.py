@@ -4,13 +4,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
+
 from lstmx.text.awd_lstm import AWDLSTMConfig, AWDLSTMLanguageModel
 from lstmx.text.config import parse_config, write_config
+from lstmx.text.optimisers import NTASGD
 from lstmx.text.storage import save_model
 
-# Steps so large that validation gets worse before long, which begins the averaging.
-NT_ASGD = {"optimizer": "nt-asgd", "lr": 100.0, "patience_of_averaging": 1, "epochs": 4}
+NT_ASGD = {"optimizer": "nt-asgd", "lr": 10.0, "epochs": 4}
 BOOKS = Path(__file__).parents[1] / "data" / "books"
+
+
+class BeginAveraging(pl.Callback):
+    """Begins NT-ASGD's averaging with the second epoch.
+
+    When validation gets worse by itself differs from processor to processor.
+    """
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, NTASGD) and trainer.current_epoch == 1:
+                optimizer.param_groups[0]["averaged_steps"] = 0
 
 
 def merged(values, changes):
@@ -69,6 +83,9 @@ import torch
 from lstmx.text.config import read_config
 from lstmx.text.fit import fit
 
+sys.path.insert(0, sys.argv.pop(1))
+from runs import BeginAveraging
+
 torch.set_num_threads(1)
 config, folder, kill_at, resume = sys.argv[1:]
 
@@ -78,7 +95,8 @@ class Kill(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 resume = resume == "resume"
-fit(read_config(Path(config)), Path(folder), resume=resume, callbacks=[Kill()])
+callbacks = [Kill(), BeginAveraging()]
+fit(read_config(Path(config)), Path(folder), resume=resume, callbacks=callbacks)
 sys.stdout.flush()
 os._exit(0)  # a process group's thread sometimes aborts the interpreter's exit
 """
@@ -93,7 +111,14 @@ def fit_elsewhere(config, folder, *, kill_at=-1, processes=0, resume=False):
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    arguments = [program, path, folder, kill_at, "resume" if resume else "begin"]
+    arguments = [
+        program,
+        Path(__file__).parent,
+        path,
+        folder,
+        kill_at,
+        "resume" if resume else "begin",
+    ]
     command = [*launcher, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 

@@ -7,7 +7,7 @@ import resource
 import lightning.pytorch as pl
 import pytest
 import torch
-from runs import BOOKS, NT_ASGD, classifier_run, language_model_run
+from runs import BOOKS, NT_ASGD, BeginAveraging, classifier_run, language_model_run
 from torch.nn import functional as F
 
 from lstmx.text.awd_lstm import AWDLSTMConfig, AWDLSTMLanguageModel
@@ -144,7 +144,8 @@ def test_gradients_are_clipped(kjv, tmp_path):
 
 
 def test_nt_asgd_validates_and_saves_the_mean(kjv, tmp_path):
-    result = fit(language_model_run(kjv, train=NT_ASGD), tmp_path / "run")
+    config = language_model_run(kjv, train=NT_ASGD)
+    result = fit(config, tmp_path / "run", callbacks=[BeginAveraging()])
     checkpoint = torch.load(result.folder / CHECKPOINT, weights_only=True)
     group = checkpoint["optimizer_states"][0]["param_groups"][0]
     losses = [row["valid_loss"] for row in read_log(result.folder) if "valid_loss" in row]

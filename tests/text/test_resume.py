@@ -4,7 +4,14 @@ import signal
 
 import pytest
 import torch
-from runs import NT_ASGD, classifier_run, fit_elsewhere, language_model_run, without_time
+from runs import (
+    NT_ASGD,
+    BeginAveraging,
+    classifier_run,
+    fit_elsewhere,
+    language_model_run,
+    without_time,
+)
 
 from lstmx.text.fit import CHECKPOINT, MODEL, fit, read_log
 from lstmx.text.storage import load_model
@@ -12,13 +19,13 @@ from lstmx.text.storage import load_model
 
 def killed_and_resumed(config, tmp_path, kill_at):
     """Asserts that both runs are the same; returns what the checkpoint had when it was resumed."""
-    whole = fit(config, tmp_path / "whole")
+    whole = fit(config, tmp_path / "whole", callbacks=[BeginAveraging()])
     done = fit_elsewhere(config, tmp_path / "killed", kill_at=kill_at)
     assert done.returncode == -signal.SIGKILL, done.stderr
     checkpoint = torch.load(tmp_path / "killed" / CHECKPOINT, weights_only=True)
     assert 0 < checkpoint["global_step"] < kill_at
 
-    resumed = fit(config, tmp_path / "killed", resume=True)
+    resumed = fit(config, tmp_path / "killed", resume=True, callbacks=[BeginAveraging()])
     assert (resumed.valid_loss, resumed.best_epoch) == (whole.valid_loss, whole.best_epoch)
     expected, got = (without_time(read_log(run.folder)) for run in (whole, resumed))
     assert [row["step"] for row in got if "train_loss" in row] == list(
