@@ -161,7 +161,7 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t
   const int64_t tiles = (m + kRows - 1) / kRows, height = (m + tiles - 1) / tiles;
   configure(static_cast<int>(height));
   const int64_t calls = tiles / 2 * ((n + 2 * kColumns - 1) / (2 * kColumns)) + tiles % 2;
-  const Block block = {lda, k / kTerms, b, n, accumulate, (n + calls - 1) / calls};
+  const Block block = {lda, k / kTerms, b, n, accumulate, next ? (n + calls - 1) / calls : 0};
   const char* ahead = reinterpret_cast<const char*>(next);
   const int64_t left = k % kTerms;
   Rest rest[2];

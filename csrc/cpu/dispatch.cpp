@@ -4,7 +4,7 @@
 #include "kernels.h"
 #include "matrix_unit.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -59,6 +59,17 @@ bool has_matrix_unit() {
 #else
   return false;
 #endif
+}
+
+int64_t second_level_bytes() {
+  static const int64_t bytes = [] {
+    int64_t known = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return known > 0 ? known : int64_t{1} << 20;
+  }();
+  return bytes;
 }
 
 // Intel's processors take longer for the instruction than for the same terms as float32, AMD's

@@ -81,6 +81,8 @@ const Kernels& kernels(DType dtype, bool pairs);
 // What the processor has, and whether the system lets this process use it.
 bool has_pair_instruction();
 bool has_matrix_unit();
+// Size of the cache that each core has to itself. 1 MiB where the system does not say.
+int64_t second_level_bytes();
 // Whether bfloat16 had better be multiplied in pairs. Decided once; the first call puts in the
 // matrix unit, if there is one, unless the environment's LSTMX_MATRIX_UNIT is 0.
 bool multiplies_in_pairs();

@@ -16,8 +16,8 @@ constexpr int64_t kUnitSteps = 6, kAllUnitSteps = 12;
 
 struct MatrixUnit {
   // c[m][n] (+)= a[m][k] b, in float. b lies in pairs of rows, [k / 2][n][2], up to a multiple of
-  // kUnitTerms; k is even, n 16, 32, 48 or 64. `next` is what will be b in the next call: as much
-  // of it as of b is fetched into the second-level cache.
+  // kUnitTerms; k is even, n 16, 32, 48 or 64. `next` is what will be b in the next call, as much
+  // of which as of b is fetched into the second-level cache; or null, if it is there.
   void (*multiply)(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
                    const BFloat16* b, const BFloat16* next, bool accumulate, float* c) = nullptr;
   // By each thread, after its last product.

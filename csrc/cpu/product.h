@@ -162,17 +162,25 @@ LSTMX_INLINE int64_t depth_step() {
   return by_unit<O>() ? cpu::kUnitTerms : kGroup<O>;
 }
 
+// The panel whose turn is next. If it is near, in the second-level cache, the matrix unit leaves it
+// there: it would only fetch it from there twice.
+template <class O>
+struct Next {
+  const O* panel;
+  bool near;
+};
+
 constexpr int64_t kUnitRows = 128;  // whose sums stay near while the unit makes them
 
 // All rows times one panel, for the terms of `depth`; scratch [rows][kVectors][lanes] has the sum
 // of the terms before. finish(row, rows, c) is called for each tile, with the sum so far of rows
-// row, row + 1, ... in c[rows][kVectors][lanes]. `next` is the panel whose turn is next: panels
-// come from far away, and unless fetched ahead, the first tile would wait for each block of them.
+// row, row + 1, ... in c[rows][kVectors][lanes]. Panels come from far away, and unless fetched
+// ahead, the first tile would wait for each block of them.
 // The matrix unit is so fast that what finish meets would be waited for as well: fetch(row, rows)
 // fetches it, some rows with each block.
 template <class T, int kVectors, Layout kLayout = Layout::kByRows, class O, class Fetch,
           class Finish>
-LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* panel, const O* next,
+LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* panel, Next<O> next,
                                  Range depth, T* scratch, Fetch&& fetch, Finish&& finish) {
   constexpr int64_t kWidth = kVectors * Vec<T>::kLanes;
   const int64_t count = rows.end - rows.begin;
@@ -194,9 +202,10 @@ LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* p
         for (int block = 0; block < blocks; ++block) {
           const Range met = share(mine, block, blocks), k = terms(block);
           fetch(first + met.begin, met.end - met.begin);
-          const O* following = block + 1 < blocks   ? panel + k.end * kWidth
+          const O* following = next.near            ? nullptr
+                               : block + 1 < blocks ? panel + k.end * kWidth
                                : group + 1 < groups ? panel + depth.begin * kWidth
-                                                    : next + depth.begin * kWidth;
+                                                    : next.panel + depth.begin * kWidth;
           cpu::matrix_unit.multiply(mine, kWidth, k.end - k.begin, a + first * lda + k.begin, lda,
                                     panel + k.begin * kWidth, following, k.begin > 0, c);
         }
@@ -217,7 +226,7 @@ LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* p
     constexpr int64_t kStepBytes = kWidth * kGroup<O> * sizeof(O);
     const char* following = reinterpret_cast<const char*>(
         block + 1 < blocks ? panel + (begin + part.end) * kWidth * kGroup<O>
-                           : next + depth.begin * kWidth);
+                           : next.panel + depth.begin * kWidth);
     const int64_t bytes = (part.end - part.begin) * kStepBytes;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Range mine = share(count, int(tile), int(tiles));
@@ -349,8 +358,7 @@ class Product {
       with_vectors(vectors(panel), [&](auto n) {
         multiply_panel<T, n, kLayout>(
             a, lda, {0, count}, const_cast<const O*>(panel_at(i)),
-            const_cast<const O*>(panel_at((i + 1) % (group.end - group.begin))), depth_.part(d),
-            sums,
+            Next<O>{panel_at((i + 1) % (group.end - group.begin)), false}, depth_.part(d), sums,
             [&](int64_t row, int64_t rows) {
               if (last && !p_.c_turned) fetch(first + row, rows, panel * kWidth, n);
               fetch_next(a, lda, count, row, rows, d, i, group.end - group.begin);

@@ -27,7 +27,8 @@ namespace lstmx::LSTMX_ISA {
 
 // ---- Time and work ------------------------------------------------------------------------------
 
-constexpr int64_t kSecondLevelBytes = int64_t{1} << 20;  // of a core
+// What stays in the second-level cache of a core from one step to the next, with all else.
+inline bool stays_near(int64_t bytes) { return bytes <= cpu::second_level_bytes() * 3 / 4; }
 
 // Which rows and which unit tiles a member of the team works on. By rows there is no barrier, but
 // every core reads all weights; by units each core keeps its share of the weights in its own cache.
@@ -35,7 +36,7 @@ struct Partition {
   int row_parts, unit_parts;
 
   static Partition make(const SequenceShape& shape, int64_t weight_bytes, int team) {
-    const bool by_rows = weight_bytes <= kSecondLevelBytes * 3 / 4 && shape.batch >= 4 * team;
+    const bool by_rows = stays_near(weight_bytes) && shape.batch >= 4 * team;
     return by_rows ? Partition{team, 1} : Partition{1, team};
   }
   Range rows(const SequenceShape& shape, int member) const {
@@ -92,13 +93,15 @@ class Forward {
     const auto partition =
         Partition::make(shape, panels, useful_threads(shape, weight_bytes, threads));
     const int64_t rows = shape.batch / partition.row_parts;
-    const bool cached = panels / partition.unit_parts <= kSecondLevelBytes * 3 / 4;
+    const bool cached = stays_near(panels / partition.unit_parts);
     // Even from there, reading takes longer than multiplying so few.
     return rows >= (cached ? 4 : 32);
   }
 
   void run(int member, int team) {
-    const auto partition = Partition::make(p_.shape, weight_bytes_ / H_ * (H_ + I_), parts_);
+    const int64_t panel_bytes = weight_bytes_ / H_ * (H_ + I_);
+    const auto partition = Partition::make(p_.shape, panel_bytes, parts_);
+    const bool near = stays_near(panel_bytes / partition.unit_parts);
     prepare(member, team);
     barrier_.wait(team);
 
@@ -124,13 +127,13 @@ class Forward {
           if (I_ > 0) {
             multiply_panel<T, G>(
                 at<O>(p_.x, walk.offset * I_), I_, active, input_panels_ + tile * panel_size(I_),
-                hidden_panel, {0, I_}, input_scratch, [](int64_t, int64_t) {},
+                Next<O>{hidden_panel, near}, {0, I_}, input_scratch, [](int64_t, int64_t) {},
                 [](int64_t, int64_t, const T*) {});
           }
           // To the unit, zeros are as good as a rest of its own.
           const Range depth = {0, by_unit<O>() ? h_row_ : grouped<O>(H_)};
           multiply_panel<T, G>(
-              h, h_row_, active, hidden_panel, next_panel, depth, scratch,
+              h, h_row_, active, hidden_panel, Next<O>{next_panel, near}, depth, scratch,
               [&](int64_t row, int64_t count) { fetch(walk, tile, row, count); },
               [&](int64_t row, int64_t count, const T* c) {
                 const T* cx = input_scratch + (c - scratch);
@@ -218,38 +221,47 @@ class Forward {
       bias_ih[g] = load<T>(bias_[0] + g * Hp_ + unit);
       bias_hh[g] = load<T>(bias_[1] + g * Hp_ + unit);
     }
-    for (int64_t row = first; row < first + count; ++row, c += G * V::kLanes) {
-      const int64_t position = (walk.offset + row) * H_ + unit, inner = row * Hp_ + unit,
-                    h_inner = row * h_row_ + unit;
-      const T* x_gates = I_ > 0 ? cx + (row - first) * G * V::kLanes
-                                : at<T>(p_.x_gates, (walk.offset + row) * p_.x_gates_stride + unit);
-      V gates_x[G], gates_h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
-      for (int g = 0; g < G; ++g) {
-        gates_x[g] = load<T>(x_gates + g * gate_stride, lanes) + bias_ih[g];
-        gates_h[g] = load<T>(c + g * V::kLanes) * scale + bias_hh[g];
-      }
-      prev[0] = load<T>(h + h_inner);
-      for (int k = 1; k < Cell::kStates; ++k) prev[k] = load<T>(state_[k - 1] + inner);
-      Cell::forward(gates_x, gates_h, prev, next, saved);
-
-      // What the next step sees is what the caller gets: h rounded to its storage type.
-      Storage* y = at<Storage>(p_.states[0], position);
-      store(y, next[0], lanes);
-      store(h_next + h_inner, sizeof(Storage) < sizeof(O) ? load<T>(y, lanes) : next[0]);
-      for (int k = 1; k < Cell::kStates; ++k) {
-        store(state_[k - 1] + inner, next[k]);
-        if (p_.states[k]) store(at<Storage>(p_.states[k], position), next[k], lanes);
-      }
-      if (p_.saved) {
-        Storage* to = at<Storage>(p_.saved, (walk.offset + row) * Cell::kSaved * H_ + unit);
-        for (int s = 0; s < Cell::kSaved; ++s) store(to + s * H_, saved[s], lanes);
-      }
-      if (row >= walk.next_rows) {
-        for (int k = 0; k < Cell::kStates; ++k) {
-          store(at<Storage>(p_.last[k], row * H_ + unit), next[k], lanes);
+    by_rows<kRowsTogether>(count, [&](auto rows, int64_t from) __attribute__((always_inline)) {
+      using R = Rows<T, rows>;
+      R gates_x[G], gates_h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
+      repeat<rows>([&](int i) __attribute__((always_inline)) {
+        const int64_t row = first + from + i;
+        const T* x_gates = I_ > 0
+                               ? cx + (from + i) * G * V::kLanes
+                               : at<T>(p_.x_gates, (walk.offset + row) * p_.x_gates_stride + unit);
+        const T* h_gates = c + (from + i) * G * V::kLanes;
+        for (int g = 0; g < G; ++g) {
+          gates_x[g].row[i] = load<T>(x_gates + g * gate_stride, lanes) + bias_ih[g];
+          gates_h[g].row[i] = load<T>(h_gates + g * V::kLanes) * scale + bias_hh[g];
         }
-      }
-    }
+        prev[0].row[i] = load<T>(h + row * h_row_ + unit);
+        for (int k = 1; k < Cell::kStates; ++k) {
+          prev[k].row[i] = load<T>(state_[k - 1] + row * Hp_ + unit);
+        }
+      });
+      Cell::forward(gates_x, gates_h, prev, next, saved);
+      repeat<rows>([&](int i) __attribute__((always_inline)) {
+        const int64_t row = first + from + i, position = (walk.offset + row) * H_ + unit;
+        // What the next step sees is what the caller gets: h rounded to its storage type.
+        Storage* y = at<Storage>(p_.states[0], position);
+        store(y, next[0].row[i], lanes);
+        store(h_next + row * h_row_ + unit,
+              sizeof(Storage) < sizeof(O) ? load<T>(y, lanes) : next[0].row[i]);
+        for (int k = 1; k < Cell::kStates; ++k) {
+          store(state_[k - 1] + row * Hp_ + unit, next[k].row[i]);
+          if (p_.states[k]) store(at<Storage>(p_.states[k], position), next[k].row[i], lanes);
+        }
+        if (p_.saved) {
+          Storage* to = at<Storage>(p_.saved, (walk.offset + row) * Cell::kSaved * H_ + unit);
+          for (int s = 0; s < Cell::kSaved; ++s) store(to + s * H_, saved[s].row[i], lanes);
+        }
+        if (row >= walk.next_rows) {
+          for (int k = 0; k < Cell::kStates; ++k) {
+            store(at<Storage>(p_.last[k], row * H_ + unit), next[k].row[i], lanes);
+          }
+        }
+      });
+    });
   }
 
   const SequenceForwardParams& p_;
@@ -275,6 +287,7 @@ class Backward {
   using V = Vec<T>;
   static constexpr int G = Cell::kGates, kGrads = Cell::kGrads;
   static constexpr int kVectors = 4;  // of units in a panel
+  static constexpr int kBackwardRows = kRowsTogether / 2;
 
   Backward(const SequenceBackwardParams& p, int threads)
       : p_(p),
@@ -300,6 +313,7 @@ class Backward {
   // came: the sums of the biases' gradients must not depend on what else the machine does.
   void run(int member, int team) {
     const auto partition = Partition::make(p_.shape, weight_bytes_, parts_);
+    const bool near = stays_near(weight_bytes_ / partition.unit_parts);
     const auto vectors_of = [&](int part) { return partition.tiles(Hp_ / V::kLanes, part); };
     if (partition.unit_parts > 1) {
       for (int part = member; part < parts_; part += team) pack(vectors_of(part), 0, 1);
@@ -321,8 +335,9 @@ class Backward {
           for (int64_t v = vectors.begin; v < vectors.end; v += kVectors) {
             T* sums = scratch + (v - vectors.begin) * V::kLanes * B_;
             const int64_t next = v + kVectors < vectors.end ? v + kVectors : vectors.begin;
+            const Next<O> next_panel = {panel_at(next * V::kLanes), near};
             with_vectors(vectors.end - v, [&](auto count) {
-              step<count>(walk, v * V::kLanes, next * V::kLanes, rows, depth.part(d), sums, bias);
+              step<count>(walk, v * V::kLanes, next_panel, rows, depth.part(d), sums, bias);
             });
           }
         }
@@ -369,7 +384,7 @@ class Backward {
   // Rows that the step before (in time's reverse) computed gates for get W_hh^T dgates; of these,
   // the ones that have no step here end at the initial state.
   template <int kCount>
-  void step(const Walk& walk, int64_t unit, int64_t next_unit, Range rows, Range depth, T* sums,
+  void step(const Walk& walk, int64_t unit, Next<O> next_panel, Range rows, Range depth, T* sums,
             T* bias) const {
     const bool last = depth.end == lead_ + G * H_;
     const auto clip = [&](int64_t end) { return std::clamp(end, rows.begin, rows.end); };
@@ -393,7 +408,7 @@ class Backward {
           at<O>(p_.dgates, walk.previous_offset * p_.dgates_row + Cell::kHiddenGrads * H_ - lead_);
       multiply_panel<T, kCount>(
           dgates, p_.dgates_row, {rows.begin, with_product}, const_cast<const O*>(panel_at(unit)),
-          const_cast<const O*>(panel_at(next_unit)), depth, sums,
+          next_panel, depth, sums,
           [&](int64_t row, int64_t count) {
             if (last) fetch(walk, unit, kCount * V::kLanes, row, count);
           },
@@ -432,42 +447,51 @@ class Backward {
   LSTMX_INLINE void finish(const Walk& walk, int64_t unit, Lanes lanes, int64_t first,
                            int64_t count, const T* c, int64_t c_stride, T* bias) const {
     const V scale(static_cast<T>(mask_.scale));
+    const auto dh = [&](int64_t i) __attribute__((always_inline)) {
+      const V carried = load<T>(carry_[0] + (first + i) * Hp_ + unit);
+      return c ? carried + load<T>(c + i * c_stride) * scale : carried;
+    };
     V sum[kGrads];
     for (int g = 0; g < kGrads; ++g) sum[g] = V(T(0));
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = first + i, inner = row * Hp_ + unit;
-      V dnext[Cell::kStates];
-      for (int k = 0; k < Cell::kStates; ++k) dnext[k] = load<T>(carry_[k] + inner);
-      if (c) dnext[0] = dnext[0] + load<T>(c + i * c_stride) * scale;
-      if (row >= walk.rows) {
+    const int64_t active = std::clamp<int64_t>(walk.rows - first, 0, count);
+    by_rows<kBackwardRows>(active, [&](auto rows, int64_t from) __attribute__((always_inline)) {
+      using R = Rows<T, rows>;
+      R saved[Cell::kSaved], prev[Cell::kStates], next[Cell::kStates], dnext[Cell::kStates];
+      repeat<rows>([&](int i) __attribute__((always_inline)) {
+        const int64_t row = first + from + i, position = (walk.offset + row) * H_ + unit;
         for (int k = 0; k < Cell::kStates; ++k) {
-          if (p_.dinitial[k]) {
-            store(at<Storage>(p_.dinitial[k], row * H_ + unit), dnext[k], lanes);
+          dnext[k].row[i] = k == 0 ? dh(from + i) : load<T>(carry_[k] + row * Hp_ + unit);
+          if (p_.dstates[k]) {
+            dnext[k].row[i] =
+                dnext[k].row[i] + load<T>(at<Storage>(p_.dstates[k], position), lanes);
           }
+          next[k].row[i] = load<T>(at<Storage>(p_.states[k], position), lanes);
+          prev[k].row[i] = load<T>(state_before(walk, k, row, unit), lanes);
         }
-        continue;
-      }
-      const int64_t position = (walk.offset + row) * H_ + unit;
-      V saved[Cell::kSaved], prev[Cell::kStates], next[Cell::kStates];
-      for (int k = 0; k < Cell::kStates; ++k) {
-        if (p_.dstates[k]) {
-          dnext[k] = dnext[k] + load<T>(at<Storage>(p_.dstates[k], position), lanes);
-        }
-        next[k] = load<T>(at<Storage>(p_.states[k], position), lanes);
-        prev[k] = load<T>(state_before(walk, k, row, unit), lanes);
-      }
-      const Storage* from = at<Storage>(p_.saved, (walk.offset + row) * Cell::kSaved * H_ + unit);
-      for (int s = 0; s < Cell::kSaved; ++s) saved[s] = load<T>(from + s * H_, lanes);
-
-      V dgates[kGrads], dprev[Cell::kStates];
+        const Storage* of = at<Storage>(p_.saved, (walk.offset + row) * Cell::kSaved * H_ + unit);
+        for (int s = 0; s < Cell::kSaved; ++s) saved[s].row[i] = load<T>(of + s * H_, lanes);
+      });
+      R dgates[kGrads], dprev[Cell::kStates];
       Cell::backward(saved, prev, next, dnext, dgates, dprev);
-
-      O* to = at<O>(p_.dgates, (walk.offset + row) * p_.dgates_row + unit);
-      for (int g = 0; g < kGrads; ++g) {
-        store(to + g * H_, dgates[g], lanes);
-        sum[g] = sum[g] + dgates[g];
+      repeat<rows>([&](int i) __attribute__((always_inline)) {
+        const int64_t row = first + from + i;
+        O* to = at<O>(p_.dgates, (walk.offset + row) * p_.dgates_row + unit);
+        for (int g = 0; g < kGrads; ++g) {
+          store(to + g * H_, dgates[g].row[i], lanes);
+          sum[g] = sum[g] + dgates[g].row[i];
+        }
+        for (int k = 0; k < Cell::kStates; ++k) {
+          store(carry_[k] + row * Hp_ + unit, dprev[k].row[i]);
+        }
+      });
+    });
+    for (int64_t i = active; i < count; ++i) {
+      const int64_t row = first + i;
+      for (int k = 0; k < Cell::kStates; ++k) {
+        if (!p_.dinitial[k]) continue;
+        store(at<Storage>(p_.dinitial[k], row * H_ + unit),
+              k == 0 ? dh(i) : load<T>(carry_[k] + row * Hp_ + unit), lanes);
       }
-      for (int k = 0; k < Cell::kStates; ++k) store(carry_[k] + inner, dprev[k]);
     }
     for (int g = 0; g < kGrads; ++g) {
       T* to = bias + g * Hp_ + unit;
@@ -511,36 +535,48 @@ struct Step {
     const int64_t H = p.shape.hidden;
     const Range rows = share(p.shape.batch, member, team);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      for (int64_t unit = 0; unit < H; unit += V::kLanes) {
-        with_lanes<T>(H - unit, [&](auto lanes) { finish(row, unit, lanes); });
-      }
+      by_rows<kRowsTogether>(H / V::kLanes, [&](auto vectors, int64_t from) {
+        finish<vectors>(row, from * V::kLanes, std::integral_constant<int64_t, V::kLanes>{});
+      });
+      const int64_t left = H % V::kLanes;
+      if (left > 0) finish<1>(row, H - left, left);
     }
   }
 
  private:
-  template <class Lanes>
-  LSTMX_INLINE void finish(int64_t row, int64_t unit, Lanes lanes) const {
-    const int64_t H = p.shape.hidden, gates = row * G * H + unit;
-    V x[G], h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
-    for (int g = 0; g < G; ++g) {
-      x[g] = load<T>(at<T>(p.x_gates, gates + g * H), lanes);
-      h[g] = load<T>(at<T>(p.h_gates, gates + g * H), lanes);
-      if (p.b_ih) x[g] = x[g] + load<T>(at<Storage>(p.b_ih, g * H + unit), lanes);
-      if (p.b_hh) h[g] = h[g] + load<T>(at<Storage>(p.b_hh, g * H + unit), lanes);
-    }
-    for (int k = 0; k < Cell::kStates; ++k) {
-      prev[k] = load<T>(at<Storage>(p.initial[k], row * H + unit), lanes);
-    }
-    Cell::forward(x, h, prev, next, saved);
-    for (int k = 0; k < Cell::kStates; ++k) {
-      for (void* to : {p.states[k], p.last[k]}) {
-        if (to) store(at<Storage>(to, row * H + unit), next[k], lanes);
+  // A few vectors of units.
+  template <int kVectors, class Lanes>
+  LSTMX_INLINE void finish(int64_t row, int64_t first, Lanes lanes) const {
+    const int64_t H = p.shape.hidden;
+    using R = Rows<T, kVectors>;
+    R x[G], h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
+    repeat<kVectors>([&](int i) __attribute__((always_inline)) {
+      const int64_t unit = first + i * V::kLanes, gates = row * G * H + unit;
+      for (int g = 0; g < G; ++g) {
+        V& of_x = x[g].row[i];
+        V& of_h = h[g].row[i];
+        of_x = load<T>(at<T>(p.x_gates, gates + g * H), lanes);
+        of_h = load<T>(at<T>(p.h_gates, gates + g * H), lanes);
+        if (p.b_ih) of_x = of_x + load<T>(at<Storage>(p.b_ih, g * H + unit), lanes);
+        if (p.b_hh) of_h = of_h + load<T>(at<Storage>(p.b_hh, g * H + unit), lanes);
       }
-    }
-    if (p.saved) {
-      Storage* to = at<Storage>(p.saved, row * Cell::kSaved * H + unit);
-      for (int s = 0; s < Cell::kSaved; ++s) store(to + s * H, saved[s], lanes);
-    }
+      for (int k = 0; k < Cell::kStates; ++k) {
+        prev[k].row[i] = load<T>(at<Storage>(p.initial[k], row * H + unit), lanes);
+      }
+    });
+    Cell::forward(x, h, prev, next, saved);
+    repeat<kVectors>([&](int i) __attribute__((always_inline)) {
+      const int64_t unit = first + i * V::kLanes;
+      for (int k = 0; k < Cell::kStates; ++k) {
+        for (void* to : {p.states[k], p.last[k]}) {
+          if (to) store(at<Storage>(to, row * H + unit), next[k].row[i], lanes);
+        }
+      }
+      if (p.saved) {
+        Storage* to = at<Storage>(p.saved, row * Cell::kSaved * H + unit);
+        for (int s = 0; s < Cell::kSaved; ++s) store(to + s * H, saved[s].row[i], lanes);
+      }
+    });
   }
 };
 

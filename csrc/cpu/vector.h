@@ -5,7 +5,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "../cells/math.h"
 #include "half.h"
@@ -105,63 +107,171 @@ LSTMX_INLINE void store(Storage* p, Vec<T> v, int64_t count = Vec<T>::kLanes) {
   }
 }
 
-// 2^(factor x) = scale * (1 + fraction), for -127 <= factor x <= 128.5. The scale is infinite from
-// 127.5 on and 0 from -126.5 down, so that sigmoid's limits are exactly 0 and 1.
-struct Exp2 {
-  Vec<float> fraction, scale;
-};
+// ---- Rows ---------------------------------------------------------------------------------------
 
-LSTMX_INLINE Exp2 exp2_parts(Vec<float> x, float factor) {
-  const auto magic = Vec<float>(0x1.8p23f);  // adding it rounds to an integer in the low bits
-  const auto shifted = x * Vec<float>(factor) + magic;
-  const auto r = x * Vec<float>(factor) - (shifted - magic);
-  // The bits of the magic number itself are shifted out.
-  const RawWord scale = ((RawWord)shifted.raw << 23) + 0x3F800000u;
-  // (2^r - 1) / r on [-1/2, 1/2], minimax in relative error (1.1e-8).
-  auto p = Vec<float>(1.54035126187e-4f);
-  p = p * r + Vec<float>(1.33907354754e-3f);
-  p = p * r + Vec<float>(9.61823749418e-3f);
-  p = p * r + Vec<float>(5.55035743365e-2f);
-  p = p * r + Vec<float>(2.4022649795e-1f);
-  p = p * r + Vec<float>(6.93147187927e-1f);
-  return {p * r, (RawFloat)scale};
+template <class Body, int... kRow>
+LSTMX_INLINE void repeat(std::integer_sequence<int, kRow...>, Body&& body) {
+  (body(kRow), ...);
+}
+// body(0), body(1), ...
+template <int kCount, class Body>
+LSTMX_INLINE void repeat(Body&& body) {
+  repeat(std::make_integer_sequence<int, kCount>{}, body);
 }
 
-// A NaN passes through: the instructions, too, return their last operand then.
-LSTMX_INLINE Vec<float> clamp(Vec<float> x, float least, float most) {
-  const auto low = Vec<float>(least), high = Vec<float>(most);
+// Vectors of a few rows that take every step together. A nonlinearity is a long chain of steps of
+// four cycles each: chains that come one after the other fill the processor's scheduler with steps
+// that must wait, which costs a third of the speed.
+template <class T, int kCount>
+struct Rows {
+  Vec<T> row[kCount];
+
+  Rows() = default;
+  LSTMX_INLINE Rows(Vec<T> all) {
+    repeat<kCount>([&](int i) { row[i] = all; });
+  }
+  LSTMX_INLINE explicit Rows(T x) : Rows(Vec<T>(x)) {}
+
+  LSTMX_INLINE friend Rows operator+(const Rows& a, const Rows& b) {
+    return each(a, [&](int i) { return a.row[i] + b.row[i]; });
+  }
+  LSTMX_INLINE friend Rows operator-(const Rows& a, const Rows& b) {
+    return each(a, [&](int i) { return a.row[i] - b.row[i]; });
+  }
+  LSTMX_INLINE friend Rows operator*(const Rows& a, const Rows& b) {
+    return each(a, [&](int i) { return a.row[i] * b.row[i]; });
+  }
+  LSTMX_INLINE friend Rows operator/(const Rows& a, const Rows& b) {
+    return each(a, [&](int i) { return a.row[i] / b.row[i]; });
+  }
+  LSTMX_INLINE friend Rows operator-(int a, const Rows& b) {
+    return each(b, [&](int i) { return a - b.row[i]; });
+  }
+};
+
+// Longer runs need more registers than there are.
+constexpr int kRowsTogether = LSTMX_VECTOR_REGISTERS / 8;
+
+// Of rows like a's, row i is what body(i) gives.
+template <class T, int kCount, class Body>
+LSTMX_INLINE Rows<T, kCount> each(const Rows<T, kCount>&, Body&& body) {
+  Rows<T, kCount> result;
+  repeat<kCount>([&](int i) { result.row[i] = body(i); });
+  return result;
+}
+
+// Calls body(rows, i), where rows is a compile-time constant, for rows i, i + 1, ... until there
+// were `count`: by kMost as long as there are as many, then by fewer.
+template <int kMost, class Body>
+LSTMX_INLINE void by_rows(int64_t count, Body&& body, int64_t i = 0) {
+  for (; i + kMost <= count; i += kMost) body(std::integral_constant<int, kMost>{}, i);
+  if constexpr (kMost > 1) by_rows<kMost / 2>(count, body, i);
+}
+
+// ---- Nonlinearities -----------------------------------------------------------------------------
+
+// The lesser (greater) of x and a bound, or x if that is NaN: the instructions, too, return their
+// last operand then.
+LSTMX_INLINE Vec<float> at_most(Vec<float> x, float bound) {
+  const auto most = Vec<float>(bound);
 #if LSTMX_VECTOR_BYTES == 64
-  // Gcc makes a comparison and a blend of each of the expressions below.
-  asm("vminps %1, %2, %0" : "=v"(x.raw) : "v"(x.raw), "v"(high.raw));
-  asm("vmaxps %1, %2, %0" : "=v"(x.raw) : "v"(x.raw), "v"(low.raw));
+  // Gcc makes a comparison and a blend of the expression below.
+  asm("vminps %1, %2, %0" : "=v"(x.raw) : "v"(x.raw), "v"(most.raw));
   return x;
 #else
-  x = high.raw < x.raw ? high.raw : x.raw;
-  return low.raw > x.raw ? low.raw : x.raw;
+  return most.raw < x.raw ? most.raw : x.raw;
+#endif
+}
+LSTMX_INLINE Vec<float> at_least(Vec<float> x, float bound) {
+  const auto least = Vec<float>(bound);
+#if LSTMX_VECTOR_BYTES == 64
+  asm("vmaxps %1, %2, %0" : "=v"(x.raw) : "v"(x.raw), "v"(least.raw));
+  return x;
+#else
+  return least.raw > x.raw ? least.raw : x.raw;
 #endif
 }
 
-LSTMX_INLINE Vec<float> sigmoid(Vec<float> x) {
+template <int N>
+LSTMX_INLINE Rows<float, N> clamp(const Rows<float, N>& x, float least, float most) {
+  const auto low = each(x, [&](int i) { return at_most(x.row[i], most); });
+  return each(x, [&](int i) { return at_least(low.row[i], least); });
+}
+
+// 1 / x of an x >= 1, to about a unit in the last place.
+template <int N>
+LSTMX_INLINE Rows<float, N> reciprocal(const Rows<float, N>& x) {
+#if LSTMX_VECTOR_BYTES == 64
+  // Fewer cycles than a division: 14 bits, which a step of Newton's method doubles.
+  const auto r = each(x, [&](int i) {
+    Vec<float> rough;
+    asm("vrcp14ps %1, %0" : "=v"(rough.raw) : "v"(x.row[i].raw));
+    return rough;
+  });
+  // Of infinity r is 0 already; the two must not meet.
+  const auto finite =
+      each(x, [&](int i) { return at_most(x.row[i], std::numeric_limits<float>::max()); });
+  return r + r * (1 - finite * r);
+#else
+  return Rows<float, N>(1.0f) / x;
+#endif
+}
+
+// 2^(factor x) = scale * (1 + fraction), for -127 <= factor x <= 128.5. The scale is infinite from
+// 127.5 on and 0 from -126.5 down, so that sigmoid's limits are exactly 0 and 1.
+template <int N>
+struct Exp2 {
+  Rows<float, N> fraction, scale;
+};
+
+template <int N>
+LSTMX_INLINE Exp2<N> exp2_parts(const Rows<float, N>& x, float factor) {
+  using V = Rows<float, N>;
+  const auto magic = V(0x1.8p23f);  // adding it rounds to an integer in the low bits
+  const auto shifted = x * V(factor) + magic;
+  const auto r = x * V(factor) - (shifted - magic);
+  // (2^r - 1) / r on [-1/2, 1/2], minimax in relative error (1.1e-8).
+  auto p = V(1.54035126187e-4f);
+  p = p * r + V(1.33907354754e-3f);
+  p = p * r + V(9.61823749418e-3f);
+  p = p * r + V(5.55035743365e-2f);
+  p = p * r + V(2.4022649795e-1f);
+  p = p * r + V(6.93147187927e-1f);
+  // The bits of the magic number itself are shifted out.
+  const auto scale = each(x, [&](int i) -> Vec<float> {
+    return (RawFloat)(((RawWord)shifted.row[i].raw << 23) + 0x3F800000u);
+  });
+  return {p * r, scale};
+}
+
+template <int N>
+LSTMX_INLINE Rows<float, N> sigmoid(const Rows<float, N>& x) {
   const auto e = exp2_parts(clamp(x, -89.0f, 88.0f), -1.44269504088896341f);
-  const auto one = Vec<float>(1.0f);
-  return one / (one + (one + e.fraction) * e.scale);
+  const auto one = Rows<float, N>(1.0f);
+  return reciprocal(one + (one + e.fraction) * e.scale);
 }
 
 // expm1(2x) / (expm1(2x) + 2), which keeps the relative accuracy of a small x.
-LSTMX_INLINE Vec<float> tanh(Vec<float> x) {
+template <int N>
+LSTMX_INLINE Rows<float, N> tanh(const Rows<float, N>& x) {
   const auto e = exp2_parts(clamp(x, -10.0f, 10.0f), 2.88539008177792681f);
-  const auto one = Vec<float>(1.0f);
-  const auto expm1 = e.fraction * e.scale + (e.scale - one);
-  return expm1 / (expm1 + Vec<float>(2.0f));
+  const auto expm1 = e.fraction * e.scale + (e.scale - Rows<float, N>(1.0f));
+  return expm1 * reciprocal(expm1 + Rows<float, N>(2.0f));
 }
 
-LSTMX_INLINE Vec<double> sigmoid(Vec<double> x) {
-  for (int i = 0; i < Vec<double>::kLanes; ++i) x.raw[i] = lstmx::sigmoid(double{x.raw[i]});
+template <int N>
+LSTMX_INLINE Rows<double, N> sigmoid(Rows<double, N> x) {
+  for (auto& v : x.row) {
+    for (int i = 0; i < Vec<double>::kLanes; ++i) v.raw[i] = lstmx::sigmoid(double{v.raw[i]});
+  }
   return x;
 }
 
-LSTMX_INLINE Vec<double> tanh(Vec<double> x) {
-  for (int i = 0; i < Vec<double>::kLanes; ++i) x.raw[i] = lstmx::tanh(double{x.raw[i]});
+template <int N>
+LSTMX_INLINE Rows<double, N> tanh(Rows<double, N> x) {
+  for (auto& v : x.row) {
+    for (int i = 0; i < Vec<double>::kLanes; ++i) v.raw[i] = lstmx::tanh(double{v.raw[i]});
+  }
   return x;
 }
 
