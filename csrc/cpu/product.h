@@ -175,9 +175,9 @@ constexpr int64_t kUnitRows = 128;  // whose sums stay near while the unit makes
 // All rows times one panel, for the terms of `depth`; scratch [rows][kVectors][lanes] has the sum
 // of the terms before. finish(row, rows, c) is called for each tile, with the sum so far of rows
 // row, row + 1, ... in c[rows][kVectors][lanes]. Panels come from far away, and unless fetched
-// ahead, the first tile would wait for each block of them.
-// The matrix unit is so fast that what finish meets would be waited for as well: fetch(row, rows)
-// fetches it, some rows with each block.
+// ahead, the first tile would wait for each block of them. So does what finish meets: fetch(row,
+// rows) fetches it while those rows are multiplied for the last time; the matrix unit, which is
+// faster, begins with the first.
 template <class T, int kVectors, Layout kLayout = Layout::kByRows, class O, class Fetch,
           class Finish>
 LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* panel, Next<O> next,
@@ -231,6 +231,7 @@ LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* p
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Range mine = share(count, int(tile), int(tiles));
       T* c = scratch + mine.begin * kWidth;
+      if (block == blocks - 1) fetch(rows.begin + mine.begin, mine.end - mine.begin);
       multiply_rows<T, O, kVectors, kLayout>(
           mine.end - mine.begin, place<kLayout>(a, rows.begin + mine.begin, k, lda), lda,
           panel + k * kWidth * kGroup<O>, part.end - part.begin, k > 0, c,
