@@ -150,7 +150,11 @@ struct Rows {
 };
 
 // Longer runs need more registers than there are.
+#if defined(LSTMX_ROWS_TOGETHER)
+constexpr int kRowsTogether = LSTMX_ROWS_TOGETHER;  // to compile sooner, where speed is no matter
+#else
 constexpr int kRowsTogether = LSTMX_VECTOR_REGISTERS / 8;
+#endif
 
 // Of rows like a's, row i is what body(i) gives.
 template <class T, int kCount, class Body>
