@@ -166,7 +166,7 @@ def failed_cpp_test(mutation: Mutation | None) -> str | None:
         if mutation is not None:
             mutation.apply(tree / "csrc")
         (tree / "stub.cpp").write_text(STUB)
-        flags = ["-std=c++20", "-O1", "-pthread", "-DLSTMX_ROWS_TOGETHER=1"]
+        flags = ["-std=c++20", "-O1", "-pthread", "-DLSTMX_CALLS"]
         includes = [tree / "csrc", CPP_TESTS, EMULATOR / "include", EMULATOR]
         flags += [f"-I{path}" for path in includes]
         for test, sources in CPP_TEST_SOURCES.items():

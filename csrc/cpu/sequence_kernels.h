@@ -287,7 +287,7 @@ class Backward {
   using V = Vec<T>;
   static constexpr int G = Cell::kGates, kGrads = Cell::kGrads;
   static constexpr int kVectors = 4;  // of units in a panel
-  static constexpr int kBackwardRows = std::max(1, kRowsTogether / 2);
+  static constexpr int kBackwardRows = kRowsTogether / 2;
 
   Backward(const SequenceBackwardParams& p, int threads)
       : p_(p),
