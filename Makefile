@@ -15,7 +15,7 @@ python := $(bin)/python
 sources := $(shell find csrc -type f) setup.py pyproject.toml
 cpp_files := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test check bench docs fuzz mutate lint format pytest slow ctest sanitize gpu cuda-build clean
+.PHONY: help demo test check bench docs fuzz mutate lint format pytest slow ctest objects-ctest sanitize gpu cuda-build clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,7 +23,7 @@ help:  ## this list
 demo: $(VENV)/.text  ## train the chapter's AWD-LSTM, compare it with the book, let it count
 	$(bin)/lstmx chapter --models 7 --plot build/demo.png --checkpoint build/demo
 
-test: pytest ctest lint  ## what must be green before a change lands
+test: pytest objects-ctest lint  ## what must be green before a change lands
 
 check: slow fuzz mutate sanitize  ## what takes longer: slow tests, fuzz, mutations, sanitizers
 
@@ -41,6 +41,10 @@ docs: $(VENV)/.dev  ## the pages of the API, from the docstrings, in build/docs
 
 fuzz: $(VENV)/.dev  ## 10,000 random calls of our modules and torch's
 	OMP_NUM_THREADS=1 $(python) tests/fuzz.py
+
+# The C++ tests of the very objects that Python loads.
+objects-ctest: $(VENV)/.dev
+	$(MAKE) ctest BUILD=build/objects CMAKE_FLAGS=-DLSTMX_OBJECTS=$(abspath build/editable)
 
 ctest:  ## the C++ tests, without torch
 	cmake -S . -B $(BUILD) -DCMAKE_BUILD_TYPE=Release $(CMAKE_FLAGS)

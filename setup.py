@@ -60,9 +60,21 @@ if with_cuda() and glob("csrc/cuda/*.cu"):
 else:
     sources = [source for source in sources if not source.endswith("_cuda.cpp")]
 
+
+
+class Build(BuildExtension):
+    """An editable build keeps its objects: the next one compiles what has changed since, and the
+    C++ tests are linked with them."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:
+            self.build_temp = os.path.join("build", "editable")
+
+
 setup(
     ext_modules=[
         extension("lstmx._C", sorted(sources), extra_compile_args=flags, extra_link_args=openmp)
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
 )

@@ -279,13 +279,19 @@ def _speed_table(results: list[dict[str, Any]]) -> Table:
     return table
 
 
+def precisions_of_both() -> list[str]:
+    """Under autocast torch's LSTM raises an error where oneDNN cannot multiply bfloat16."""
+    mixed = ["bf16-mixed"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    return ["float32", *mixed]
+
+
 @app.command()
 def speed(
     text: Text,
     precision: Annotated[
         list[str],
         typer.Option(
-            default_factory=lambda: ["float32", "bf16-mixed"],
+            default_factory=precisions_of_both,
             help="float32, bf16-mixed (autocast), bf16-true (all in bfloat16).",
         ),
     ],

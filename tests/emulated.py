@@ -21,9 +21,7 @@ ORDERS = ("forward", "reverse", "random", "skew")
 @cache
 def ops() -> Any:
     """``torch.ops.lstmx_emulated``."""
-    names = ("autograd", "cache", "checks", "composite", "inputs", "library", "sequence_cuda")
-    sources = [ROOT / "csrc" / "torch" / f"{name}.cpp" for name in names]
-    sources += [EMULATOR / f"{name}.cpp" for name in ("emulator", "kernels", "ops")]
+    sources = [EMULATOR / f"{name}.cpp" for name in ("emulator", "kernels", "ops")]
     directory = ROOT / "build" / "emulated"
     directory.mkdir(parents=True, exist_ok=True)
     load(

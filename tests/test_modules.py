@@ -96,10 +96,12 @@ def test_under_autocast_as_torch(name, dtype):
     expected, ours = pair(name, dtype=torch.float32)
     x = torch.randn(4, 3, I, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        (y, last), (y_torch, last_torch) = ours(x), expected(x)
+        y, last = ours(x)
+    # Not under autocast, where torch's LSTM raises an error on a processor without AVX-512.
+    y_torch, last_torch = expected(x.float())
     for got, of_torch in zip(flat((y, last)), flat((y_torch, last_torch)), strict=True):
         assert got.dtype == torch.bfloat16
-        torch.testing.assert_close(got.float(), of_torch.float(), rtol=0.05, atol=0.05)
+        torch.testing.assert_close(got.float(), of_torch, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("name", NAMES + CELL_NAMES)

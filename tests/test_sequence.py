@@ -93,7 +93,8 @@ def rms(t):
 def test_rounding_errors_are_at_most_twice_torchs(case, dtype):
     errors = {"lstmx": {}, "torch": {}}
     size = {}
-    for seed in range(RMS_SEEDS):
+    # The more numbers, the fewer it takes to know their mean square.
+    for seed in range(RMS_SEEDS if case.B < 200 else 3):
         exact = run("reference", case, seed=seed, backward_dtype=dtype)
         for provider, found in errors.items():
             for name, value in run(provider, case, dtype, seed=seed).items():
@@ -247,7 +248,12 @@ def test_cell_states_only_for_those_who_ask():
     assert torch.equal(c[-1], c_n)
 
 
-def _products_in_a_process(capability="avx512", **environment):
+# What torch, too, can run here: told to use more, it would crash.
+CAPABILITIES = ["default", "avx2", "avx512"]
+BEST = torch.backends.cpu.get_cpu_capability().lower()
+
+
+def _products_in_a_process(capability=BEST, **environment):
     """Whether bfloat16 is as right as torch's, and how it is multiplied."""
     program = (
         "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
@@ -281,12 +287,11 @@ def test_bfloat16_is_right_however_it_is_multiplied():
     }
 
 
-CAPABILITIES = ["default", "avx2", "avx512"]
-
-
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set(capability):
     """In a process of its own: the choice is made once."""
+    if CAPABILITIES.index(capability) > CAPABILITIES.index(BEST):
+        pytest.skip(f"needs a machine with {capability.upper()}")
     program = (
         "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
         "import cases, lstmx\n"
@@ -306,7 +311,4 @@ def test_every_instruction_set(capability):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    used = done.stdout.split()[0]
-    assert CAPABILITIES.index(used) <= CAPABILITIES.index(capability)
-    if used != capability:
-        pytest.skip(f"needs a machine with {capability.upper()}")
+    assert done.stdout.split()[0] == capability

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -19,6 +20,8 @@ namespace lstmx::LSTMX_ISA {
 using cpu::ProductParams;
 
 // ---- The micro-kernel --------------------------------------------------------------------------
+
+constexpr int kMostVectors = 4;  // of columns in a panel
 
 template <class T>
 struct Tile {
@@ -75,8 +78,8 @@ struct Ahead {
 
 // c[kRows][kVectors] (+)= a[kRows, depth] * panel[depth][kVectors]; the depth is in groups.
 template <class T, class O, int kRows, int kVectors, Layout kLayout>
-__attribute__((noinline)) void multiply_tile(const O* a, int64_t lda, const O* panel, int64_t depth,
-                                             bool accumulate, T* c, Ahead ahead) {
+LSTMX_CALL void multiply_tile(const O* a, int64_t lda, const O* panel, int64_t depth,
+                              bool accumulate, T* c, Ahead ahead) {
   using V = Vec<T>;
   // Too few sums to hide the latency of a multiply-add are split in independent parts.
   constexpr int kSplit = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
@@ -123,16 +126,25 @@ __attribute__((noinline)) void multiply_tile(const O* a, int64_t lda, const O* p
   }
 }
 
-template <class T, class O, int kVectors, Layout kLayout, int kRows = Tile<T>::max_rows(kVectors)>
-LSTMX_INLINE void multiply_rows(int64_t rows, const O* a, int64_t lda, const O* panel,
-                                int64_t depth, bool accumulate, T* c, Ahead ahead) {
-  if (rows == kRows) {
-    multiply_tile<T, O, kRows, kVectors, kLayout>(a, lda, panel, depth, accumulate, c, ahead);
-  } else if constexpr (kRows > 1) {
-    multiply_rows<T, O, kVectors, kLayout, kRows - 1>(rows, a, lda, panel, depth, accumulate, c,
-                                                      ahead);
-  }
+template <class T, class O>
+using TileKernel = void (*)(const O* a, int64_t lda, const O* panel, int64_t depth, bool accumulate,
+                            T* c, Ahead ahead);
+
+// Those of 1, 2, ... rows.
+template <class T, class O, Layout kLayout, int kVectors, int... kRow>
+constexpr auto tile_kernels(std::integer_sequence<int, kRow...>) {
+  return std::array<TileKernel<T, O>, Tile<T>::max_rows(1)>{
+      multiply_tile<T, O, kRow + 1, kVectors, kLayout>...};
 }
+template <class T, class O, Layout kLayout, int... kVector>
+constexpr auto tile_kernels_by_vectors(std::integer_sequence<int, kVector...>) {
+  return std::array{tile_kernels<T, O, kLayout, kVector + 1>(
+      std::make_integer_sequence<int, Tile<T>::max_rows(kVector + 1)>{})...};
+}
+// [vectors - 1][rows - 1]
+template <class T, class O, Layout kLayout>
+constexpr auto kTileKernels =
+    tile_kernels_by_vectors<T, O, kLayout>(std::make_integer_sequence<int, kMostVectors>{});
 
 // Many rows and columns of a and all of a panel do not fit the second-level cache together. Of a
 // sum this long, parts of a few hundred terms are made for all panels, before the next part.
@@ -172,17 +184,17 @@ struct Next {
 
 constexpr int64_t kUnitRows = 128;  // whose sums stay near while the unit makes them
 
-// All rows times one panel, for the terms of `depth`; scratch [rows][kVectors][lanes] has the sum
+// All rows times one panel, for the terms of `depth`; scratch [rows][vectors][lanes] has the sum
 // of the terms before. finish(row, rows, c) is called for each tile, with the sum so far of rows
-// row, row + 1, ... in c[rows][kVectors][lanes]. Panels come from far away, and unless fetched
+// row, row + 1, ... in c[rows][vectors][lanes]. Panels come from far away, and unless fetched
 // ahead, the first tile would wait for each block of them. So does what finish meets: fetch(row,
 // rows) fetches it while those rows are multiplied for the last time; the matrix unit, which is
 // faster, begins with the first.
-template <class T, int kVectors, Layout kLayout = Layout::kByRows, class O, class Fetch,
-          class Finish>
-LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* panel, Next<O> next,
-                                 Range depth, T* scratch, Fetch&& fetch, Finish&& finish) {
-  constexpr int64_t kWidth = kVectors * Vec<T>::kLanes;
+template <class T, Layout kLayout = Layout::kByRows, class O, class Fetch, class Finish>
+LSTMX_INLINE void multiply_panel(int vectors, const O* a, int64_t lda, Range rows, const O* panel,
+                                 Next<O> next, Range depth, T* scratch, Fetch&& fetch,
+                                 Finish&& finish) {
+  const int64_t width = vectors * Vec<T>::kLanes;
   const int64_t count = rows.end - rows.begin;
   if constexpr (kGroup<O> > 1 && kLayout == Layout::kByRows) {
     if (by_unit<O>()) {
@@ -198,16 +210,16 @@ LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* p
       for (int group = 0; group < groups; ++group) {
         const Range part = share(count, group, groups);
         const int64_t first = rows.begin + part.begin, mine = part.end - part.begin;
-        T* c = scratch + part.begin * kWidth;
+        T* c = scratch + part.begin * width;
         for (int block = 0; block < blocks; ++block) {
           const Range met = share(mine, block, blocks), k = terms(block);
           fetch(first + met.begin, met.end - met.begin);
           const O* following = next.near            ? nullptr
-                               : block + 1 < blocks ? panel + k.end * kWidth
-                               : group + 1 < groups ? panel + depth.begin * kWidth
-                                                    : next.panel + depth.begin * kWidth;
-          cpu::matrix_unit.multiply(mine, kWidth, k.end - k.begin, a + first * lda + k.begin, lda,
-                                    panel + k.begin * kWidth, following, k.begin > 0, c);
+                               : block + 1 < blocks ? panel + k.end * width
+                               : group + 1 < groups ? panel + depth.begin * width
+                                                    : next.panel + depth.begin * width;
+          cpu::matrix_unit.multiply(mine, width, k.end - k.begin, a + first * lda + k.begin, lda,
+                                    panel + k.begin * width, following, k.begin > 0, c);
         }
         finish(first, mine, c);
       }
@@ -215,27 +227,27 @@ LSTMX_INLINE void multiply_panel(const O* a, int64_t lda, Range rows, const O* p
     }
   }
   const int64_t begin = depth.begin / kGroup<O>, terms = (depth.end - depth.begin) / kGroup<O>;
-  const int64_t tiles = (count + Tile<T>::max_rows(kVectors) - 1) / Tile<T>::max_rows(kVectors);
+  const int max_rows = Tile<T>::max_rows(vectors);
+  const int64_t tiles = (count + max_rows - 1) / max_rows;
   // At least one, which yields zeros where there is nothing to sum.
-  const int64_t blocks = std::max<int64_t>(
-      1, (terms + Tile<T>::max_depth(kVectors) - 1) / Tile<T>::max_depth(kVectors));
+  const int64_t blocks =
+      std::max<int64_t>(1, (terms + Tile<T>::max_depth(vectors) - 1) / Tile<T>::max_depth(vectors));
   for (int64_t block = 0; block < blocks; ++block) {
     const Range part = share(terms, int(block), int(blocks));
     const int64_t k = begin + part.begin;
     // Each tile fetches its share of the next block.
-    constexpr int64_t kStepBytes = kWidth * kGroup<O> * sizeof(O);
+    const int64_t step_bytes = width * kGroup<O> * sizeof(O);
     const char* following = reinterpret_cast<const char*>(
-        block + 1 < blocks ? panel + (begin + part.end) * kWidth * kGroup<O>
-                           : next.panel + depth.begin * kWidth);
-    const int64_t bytes = (part.end - part.begin) * kStepBytes;
+        block + 1 < blocks ? panel + (begin + part.end) * width * kGroup<O>
+                           : next.panel + depth.begin * width);
+    const int64_t bytes = (part.end - part.begin) * step_bytes;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Range mine = share(count, int(tile), int(tiles));
-      T* c = scratch + mine.begin * kWidth;
+      T* c = scratch + mine.begin * width;
       if (block == blocks - 1) fetch(rows.begin + mine.begin, mine.end - mine.begin);
-      multiply_rows<T, O, kVectors, kLayout>(
-          mine.end - mine.begin, place<kLayout>(a, rows.begin + mine.begin, k, lda), lda,
-          panel + k * kWidth * kGroup<O>, part.end - part.begin, k > 0, c,
-          {following + bytes * tile / tiles, kStepBytes / tiles});
+      kTileKernels<T, O, kLayout>[vectors - 1][mine.end - mine.begin - 1](
+          place<kLayout>(a, rows.begin + mine.begin, k, lda), lda, panel + k* width* kGroup<O>,
+          part.end - part.begin, k > 0, c, {following + bytes * tile / tiles, step_bytes / tiles});
       if (block == blocks - 1) finish(rows.begin + mine.begin, mine.end - mine.begin, c);
     }
   }
@@ -247,21 +259,6 @@ LSTMX_INLINE void release_unit() {
   if (by_unit<O>()) cpu::matrix_unit.release();
 }
 
-// Calls body with count, one of 1 ... 4, as a compile-time constant.
-template <class Body>
-LSTMX_INLINE void with_vectors(int64_t count, Body&& body) {
-  switch (count) {
-    case 1:
-      return body(std::integral_constant<int, 1>{});
-    case 2:
-      return body(std::integral_constant<int, 2>{});
-    case 3:
-      return body(std::integral_constant<int, 3>{});
-    default:
-      return body(std::integral_constant<int, 4>{});
-  }
-}
-
 // ---- Whole matrices ----------------------------------------------------------------------------
 
 // c = a b, see ProductParams. b is packed into panels of up to four vectors of columns; each member
@@ -271,8 +268,7 @@ template <class T, class O, class A, class B, class C>
 class Product {
  public:
   using V = Vec<T>;
-  static constexpr int kVectors = 4;
-  static constexpr int64_t kWidth = kVectors * V::kLanes;
+  static constexpr int64_t kWidth = kMostVectors * V::kLanes;
 
   Product(const ProductParams& p, int threads)
       : p_(p),
@@ -356,25 +352,24 @@ class Product {
     for (int64_t i = 0; i < group.end - group.begin; ++i) {
       const int64_t panel = group.begin + i;
       T* sums = scratch + (depth_.parts > 1 ? i : 0) * kWidth * block_rows();
-      with_vectors(vectors(panel), [&](auto n) {
-        multiply_panel<T, n, kLayout>(
-            a, lda, {0, count}, const_cast<const O*>(panel_at(i)),
-            Next<O>{panel_at((i + 1) % (group.end - group.begin)), false}, depth_.part(d), sums,
-            [&](int64_t row, int64_t rows) {
-              if (last && !p_.c_turned) fetch(first + row, rows, panel * kWidth, n);
-              fetch_next(a, lda, count, row, rows, d, i, group.end - group.begin);
-            },
-            [&](int64_t row, int64_t rows, const T* c) {
-              if (last && !p_.c_turned) finish(first + row, rows, panel * kWidth, n, c);
-            });
-        if (last && p_.c_turned) finish_turned(first, count, panel * kWidth, n, sums);
-      });
+      const int n = vectors(panel);
+      multiply_panel<T, kLayout>(
+          n, a, lda, {0, count}, const_cast<const O*>(panel_at(i)),
+          Next<O>{panel_at((i + 1) % (group.end - group.begin)), false}, depth_.part(d), sums,
+          [&](int64_t row, int64_t rows) {
+            if (last && !p_.c_turned) fetch(first + row, rows, panel * kWidth, n);
+            fetch_next(a, lda, count, row, rows, d, i, group.end - group.begin);
+          },
+          [&](int64_t row, int64_t rows, const T* c) {
+            if (last && !p_.c_turned) finish(first + row, rows, panel * kWidth, n, c);
+          });
+      if (last && p_.c_turned) finish_turned(first, count, panel * kWidth, n, sums);
     }
   }
 
   static constexpr int64_t kBytesAtOnce = int64_t{4} << 20;  // of panels that are packed
   // Rows that share one pass over the panels; with them a depth of some hundred fills the cache.
-  static constexpr int64_t kRowBlock = 40 * Tile<T>::max_rows(kVectors);
+  static constexpr int64_t kRowBlock = 40 * Tile<T>::max_rows(kMostVectors);
 
   // The unit's sums have terms, if only zeros.
   static int64_t whole_steps(int64_t k) {
@@ -393,8 +388,8 @@ class Product {
     const int64_t groups = std::max<int64_t>(1, (panel_count_ + most - 1) / most);
     return (panel_count_ + groups - 1) / groups;
   }
-  int64_t vectors(int64_t panel) const {
-    return std::min<int64_t>(kVectors, padded<T>(p_.n) / V::kLanes - panel * kVectors);
+  int vectors(int64_t panel) const {
+    return int(std::min<int64_t>(kMostVectors, padded<T>(p_.n) / V::kLanes - panel * kMostVectors));
   }
 
   // See pack.h. All columns of a panel lie side by side, or all its rows.
@@ -442,8 +437,8 @@ class Product {
     }
   }
 
-  LSTMX_INLINE void finish(int64_t first, int64_t rows, int64_t column, int vectors,
-                           const T* c) const {
+  LSTMX_CALL void finish(int64_t first, int64_t rows, int64_t column, int vectors,
+                         const T* c) const {
     MaskRun<T, kWidth> run;
     const T* factor = nullptr;
     const int64_t count = std::min<int64_t>(vectors * V::kLanes, p_.n - column);
@@ -515,7 +510,7 @@ inline bool better_turned(const ProductParams& p) {
 }
 
 // The same with so few rows that packing b does not pay: it is read once, where it lies.
-template <class T, class A, class B, class C>
+template <class T, class B, class C>
 class ThinProduct {
  public:
   using V = Vec<T>;
@@ -525,7 +520,10 @@ class ThinProduct {
 
   static bool fits(const ProductParams& p) { return p.m < 16 && !p.dropout.seed && !p.accumulate; }
 
-  explicit ThinProduct(const ProductParams& p) : p_(p), lda_(padded<T>(p.k)), carver_(p.workspace) {
+  // A is the type of a's elements.
+  template <class A>
+  ThinProduct(const ProductParams& p, std::type_identity<A>)
+      : p_(p), lda_(padded<T>(p.k)), carver_(p.workspace) {
     a_ = carver_.take<T>(p.m * lda_);
     if (p.workspace) {
       for (int64_t m = 0; m < p.m; ++m) {
@@ -545,7 +543,7 @@ class ThinProduct {
     const Range mine = share((p_.n + width - 1) / width, member, team);
     for (int64_t tile = mine.begin; tile < mine.end; ++tile) {
       for (int64_t m = 0; m < p_.m; m += kRows) {
-        with_vectors(p_.m - m, [&](auto rows) {
+        with_rows(p_.m - m, [&](auto rows) {
           if (turned) {
             for (int64_t n = 0; n < width; n += dot_columns(rows)) dot<rows>(m, tile * width + n);
           } else {
@@ -557,6 +555,21 @@ class ThinProduct {
   }
 
  private:
+  // Calls body with how many rows a tile has, as a compile-time constant.
+  template <class Body>
+  LSTMX_INLINE static void with_rows(int64_t left, Body&& body) {
+    switch (left) {
+      case 1:
+        return body(std::integral_constant<int, 1>{});
+      case 2:
+        return body(std::integral_constant<int, 2>{});
+      case 3:
+        return body(std::integral_constant<int, 3>{});
+      default:
+        return body(std::integral_constant<int, kRows>{});
+    }
+  }
+
   // Rows m, m + 1, ... times the vectors from column n on: b's rows are read side by side.
   template <int kCount>
   void sweep(int64_t m, int64_t n) const {

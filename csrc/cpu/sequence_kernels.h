@@ -125,15 +125,15 @@ class Forward {
           const O* next_panel =
               I_ > 0 ? input_panels_ + next * panel_size(I_) : panels_ + next * panel_size(H_);
           if (I_ > 0) {
-            multiply_panel<T, G>(
-                at<O>(p_.x, walk.offset * I_), I_, active, input_panels_ + tile * panel_size(I_),
+            multiply_panel<T>(
+                G, at<O>(p_.x, walk.offset * I_), I_, active, input_panels_ + tile * panel_size(I_),
                 Next<O>{hidden_panel, near}, {0, I_}, input_scratch, [](int64_t, int64_t) {},
                 [](int64_t, int64_t, const T*) {});
           }
           // To the unit, zeros are as good as a rest of its own.
           const Range depth = {0, by_unit<O>() ? h_row_ : grouped<O>(H_)};
-          multiply_panel<T, G>(
-              h, h_row_, active, hidden_panel, Next<O>{next_panel, near}, depth, scratch,
+          multiply_panel<T>(
+              G, h, h_row_, active, hidden_panel, Next<O>{next_panel, near}, depth, scratch,
               [&](int64_t row, int64_t count) { fetch(walk, tile, row, count); },
               [&](int64_t row, int64_t count, const T* c) {
                 const T* cx = input_scratch + (c - scratch);
@@ -212,8 +212,8 @@ class Forward {
 
   // c and cx are what h and x give.
   template <class Lanes>
-  LSTMX_INLINE void finish(const Walk& walk, int64_t tile, Lanes lanes, int64_t first,
-                           int64_t count, const T* c, const T* cx, const O* h, O* h_next) const {
+  LSTMX_CALL void finish(const Walk& walk, int64_t tile, Lanes lanes, int64_t first, int64_t count,
+                         const T* c, const T* cx, const O* h, O* h_next) const {
     const int64_t unit = tile * V::kLanes, gate_stride = I_ > 0 ? V::kLanes : H_;
     const V scale(static_cast<T>(mask_.scale));
     V bias_ih[G], bias_hh[G];
@@ -221,7 +221,7 @@ class Forward {
       bias_ih[g] = load<T>(bias_[0] + g * Hp_ + unit);
       bias_hh[g] = load<T>(bias_[1] + g * Hp_ + unit);
     }
-    by_rows<kRowsTogether>(count, [&](auto rows, int64_t from) __attribute__((always_inline)) {
+    by_rows<kRowsTogether<T>>(count, [&](auto rows, int64_t from) __attribute__((always_inline)) {
       using R = Rows<T, rows>;
       R gates_x[G], gates_h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
       repeat<rows>([&](int i) __attribute__((always_inline)) {
@@ -286,8 +286,7 @@ class Backward {
  public:
   using V = Vec<T>;
   static constexpr int G = Cell::kGates, kGrads = Cell::kGrads;
-  static constexpr int kVectors = 4;  // of units in a panel
-  static constexpr int kBackwardRows = kRowsTogether / 2;
+  static constexpr int kBackwardRows = std::max(1, kRowsTogether<T> / 2);
 
   Backward(const SequenceBackwardParams& p, int threads)
       : p_(p),
@@ -332,13 +331,12 @@ class Backward {
         T* bias = bias_ + (partition.row_parts > 1 ? part : 0) * kGrads * Hp_;
         const Depth depth(lead_ + G * H_, rows.end - rows.begin, sizeof(O), depth_step<O>());
         for (int64_t d = 0; d < depth.parts; ++d) {
-          for (int64_t v = vectors.begin; v < vectors.end; v += kVectors) {
+          for (int64_t v = vectors.begin; v < vectors.end; v += kMostVectors) {
             T* sums = scratch + (v - vectors.begin) * V::kLanes * B_;
-            const int64_t next = v + kVectors < vectors.end ? v + kVectors : vectors.begin;
+            const int64_t next = v + kMostVectors < vectors.end ? v + kMostVectors : vectors.begin;
             const Next<O> next_panel = {panel_at(next * V::kLanes), near};
-            with_vectors(vectors.end - v, [&](auto count) {
-              step<count>(walk, v * V::kLanes, next_panel, rows, depth.part(d), sums, bias);
-            });
+            const int count = int(std::min<int64_t>(kMostVectors, vectors.end - v));
+            step(walk, v * V::kLanes, count, next_panel, rows, depth.part(d), sums, bias);
           }
         }
       }
@@ -356,13 +354,13 @@ class Backward {
   void pack(Range vectors, int part, int parts) const {
     if (!p_.w_hh || p_.packed) return;
     const Range panels =
-        share((vectors.end - vectors.begin + kVectors - 1) / kVectors, part, parts);
+        share((vectors.end - vectors.begin + kMostVectors - 1) / kMostVectors, part, parts);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      const int64_t v = vectors.begin + panel * kVectors;
-      const int64_t width = std::min<int64_t>(kVectors, vectors.end - v) * V::kLanes;
+      const int64_t v = vectors.begin + panel * kMostVectors;
+      const int64_t width = std::min<int64_t>(kMostVectors, vectors.end - v) * V::kLanes;
       const int64_t unit = v * V::kLanes, count = std::min(width, H_ - unit);
-      pack_straight<kVectors * V::kLanes>(at<Storage>(p_.w_hh, unit), H_, count, G * H_, lead_,
-                                          /*rotation=*/0, mask_, unit, width, panel_at(unit));
+      pack_straight<kMostVectors * V::kLanes>(at<Storage>(p_.w_hh, unit), H_, count, G * H_, lead_,
+                                              /*rotation=*/0, mask_, unit, width, panel_at(unit));
       std::fill(panel_at(unit) + (lead_ + G * H_) * width, panel_at(unit) + panel_rows_ * width,
                 O{});
     }
@@ -383,9 +381,8 @@ class Backward {
 
   // Rows that the step before (in time's reverse) computed gates for get W_hh^T dgates; of these,
   // the ones that have no step here end at the initial state.
-  template <int kCount>
-  void step(const Walk& walk, int64_t unit, Next<O> next_panel, Range rows, Range depth, T* sums,
-            T* bias) const {
+  void step(const Walk& walk, int64_t unit, int vectors, Next<O> next_panel, Range rows,
+            Range depth, T* sums, T* bias) const {
     const bool last = depth.end == lead_ + G * H_;
     const auto clip = [&](int64_t end) { return std::clamp(end, rows.begin, rows.end); };
     // What would only reach the gradient of the initial h is left out where that is not wanted.
@@ -394,10 +391,10 @@ class Backward {
     const int64_t all = clip(std::max(walk.previous_rows, walk.rows));
     const auto finish_tile = [&](int64_t row, int64_t count, const T* c) {
       if (!last) return;
-      for (int n = 0; n < kCount; ++n) {
+      for (int n = 0; n < vectors; ++n) {
         const int64_t u = unit + n * V::kLanes;
         with_lanes<T>(H_ - u, [&](auto lanes) {
-          finish(walk, u, lanes, row, count, c ? c + n * V::kLanes : nullptr, kCount * V::kLanes,
+          finish(walk, u, lanes, row, count, c ? c + n * V::kLanes : nullptr, vectors * V::kLanes,
                  bias);
         });
       }
@@ -406,11 +403,11 @@ class Backward {
       // The column before, if one leads, meets a row of zeros.
       const O* dgates =
           at<O>(p_.dgates, walk.previous_offset * p_.dgates_row + Cell::kHiddenGrads * H_ - lead_);
-      multiply_panel<T, kCount>(
-          dgates, p_.dgates_row, {rows.begin, with_product}, const_cast<const O*>(panel_at(unit)),
-          next_panel, depth, sums,
+      multiply_panel<T>(
+          vectors, dgates, p_.dgates_row, {rows.begin, with_product},
+          const_cast<const O*>(panel_at(unit)), next_panel, depth, sums,
           [&](int64_t row, int64_t count) {
-            if (last) fetch(walk, unit, kCount * V::kLanes, row, count);
+            if (last) fetch(walk, unit, vectors * V::kLanes, row, count);
           },
           finish_tile);
     }
@@ -444,8 +441,8 @@ class Backward {
   }
 
   template <class Lanes>
-  LSTMX_INLINE void finish(const Walk& walk, int64_t unit, Lanes lanes, int64_t first,
-                           int64_t count, const T* c, int64_t c_stride, T* bias) const {
+  LSTMX_CALL void finish(const Walk& walk, int64_t unit, Lanes lanes, int64_t first, int64_t count,
+                         const T* c, int64_t c_stride, T* bias) const {
     const V scale(static_cast<T>(mask_.scale));
     const auto dh = [&](int64_t i) __attribute__((always_inline)) {
       const V carried = load<T>(carry_[0] + (first + i) * Hp_ + unit);
@@ -535,11 +532,11 @@ struct Step {
     const int64_t H = p.shape.hidden;
     const Range rows = share(p.shape.batch, member, team);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      by_rows<kRowsTogether>(H / V::kLanes, [&](auto vectors, int64_t from) {
+      by_rows<kRowsTogether<T>>(H / V::kLanes, [&](auto vectors, int64_t from) {
         finish<vectors>(row, from * V::kLanes, std::integral_constant<int64_t, V::kLanes>{});
       });
       const int64_t left = H % V::kLanes;
-      if (left > 0) finish<1>(row, H - left, left);
+      if (left > 0) finish<1>(row, H - left, Some{left});
     }
   }
 
@@ -620,9 +617,9 @@ constexpr cpu::CellKernels cell_kernels() {
 // Calls body with the way to multiply that suits the sizes.
 template <class T, class O, class A, class B, class C, class Body>
 void with_product(const ProductParams& p, int threads, Body&& body) {
-  using Thin = ThinProduct<T, A, B, C>;
+  using Thin = ThinProduct<T, B, C>;
   if (Thin::fits(p)) {
-    Thin pass(p);
+    Thin pass(p, std::type_identity<A>{});
     return body(pass);
   }
   if constexpr (std::is_same_v<A, B>) {

@@ -19,6 +19,8 @@ namespace lstmx::LSTMX_ISA {
 #else
 #define LSTMX_INLINE inline __attribute__((always_inline))
 #endif
+// One copy of a function that is called from many places, for the compiler's time.
+#define LSTMX_CALL __attribute__((noinline))
 
 typedef float RawFloat __attribute__((vector_size(LSTMX_VECTOR_BYTES)));
 typedef double RawDouble __attribute__((vector_size(LSTMX_VECTOR_BYTES)));
@@ -68,46 +70,63 @@ LSTMX_INLINE void narrow_all(RawFloat x, Storage* p) {
   __builtin_memcpy(p, &halves, sizeof(halves));
 }
 
-// Unaligned loads and stores, `count` of kLanes lanes (the rest read as zero); storage types are
-// widened and narrowed on the way.
+// Unaligned loads and stores; storage types are widened and narrowed on the way.
 template <class T, class Storage>
-LSTMX_INLINE Vec<T> load(const Storage* p, int64_t count = Vec<T>::kLanes) {
+LSTMX_INLINE Vec<T> load(const Storage* p) {
   Vec<T> v;
-  if (count == Vec<T>::kLanes) {
-    if constexpr (sizeof(Storage) == sizeof(T)) {
-      __builtin_memcpy(&v, p, sizeof(v));
-    } else {
-      v.raw = widen_all(p);
-    }
+  if constexpr (sizeof(Storage) == sizeof(T)) {
+    __builtin_memcpy(&v, p, sizeof(v));
   } else {
-    v = Vec<T>(T(0));
-    for (int64_t i = 0; i < count; ++i) v.raw[i] = widen(p[i]);
+    v.raw = widen_all(p);
   }
   return v;
 }
+template <class T, class Storage>
+LSTMX_INLINE void store(Storage* p, Vec<T> v) {
+  if constexpr (sizeof(Storage) == sizeof(T)) {
+    __builtin_memcpy(p, &v, sizeof(v));
+  } else {
+    narrow_all(v.raw, p);
+  }
+}
 
-// Calls body with the number of lanes that are left: with a constant where that is all of them, so
-// that the loads and stores inside need no other way.
+// The same of the first lanes; the rest read as zero. A call, for it is rare: a matrix has one
+// edge.
+struct Some {
+  int64_t lanes;
+};
+template <class T, class Storage>
+LSTMX_CALL Vec<T> load(const Storage* p, Some some) {
+  Storage all[Vec<T>::kLanes] = {};
+  __builtin_memcpy(all, p, some.lanes * sizeof(Storage));
+  return load<T>(all);
+}
+template <class T, class Storage>
+LSTMX_CALL void store(Storage* p, Vec<T> v, Some some) {
+  Storage all[Vec<T>::kLanes];
+  store(all, v);
+  __builtin_memcpy(p, all, some.lanes * sizeof(Storage));
+}
+
+// Of some or all.
+template <class T, class Storage>
+LSTMX_INLINE Vec<T> load(const Storage* p, int64_t lanes) {
+  return lanes == Vec<T>::kLanes ? load<T>(p) : load<T>(p, Some{lanes});
+}
+template <class T, class Storage>
+LSTMX_INLINE void store(Storage* p, Vec<T> v, int64_t lanes) {
+  lanes == Vec<T>::kLanes ? store(p, v) : store(p, v, Some{lanes});
+}
+
+// Calls body with the lanes that are left: with a constant where that is all of them, so that the
+// loads and stores inside go one way.
 template <class T, class Body>
 LSTMX_INLINE void with_lanes(int64_t left, Body&& body) {
   constexpr int64_t kAll = Vec<T>::kLanes;
   if (left >= kAll) {
     body(std::integral_constant<int64_t, kAll>{});
   } else {
-    body(left);
-  }
-}
-
-template <class T, class Storage>
-LSTMX_INLINE void store(Storage* p, Vec<T> v, int64_t count = Vec<T>::kLanes) {
-  if (count == Vec<T>::kLanes) {
-    if constexpr (sizeof(Storage) == sizeof(T)) {
-      __builtin_memcpy(p, &v, sizeof(v));
-    } else {
-      narrow_all(v.raw, p);
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) narrow(v.raw[i], p[i]);
+    body(Some{left});
   }
 }
 
@@ -129,35 +148,36 @@ struct Rows {
 
   Rows() = default;
   LSTMX_INLINE Rows(Vec<T> all) {
-    repeat<kCount>([&](int i) { row[i] = all; });
+    repeat<kCount>([&](int i) __attribute__((always_inline)) { row[i] = all; });
   }
   LSTMX_INLINE explicit Rows(T x) : Rows(Vec<T>(x)) {}
 
   LSTMX_INLINE friend Rows operator+(const Rows& a, const Rows& b) {
-    return each(a, [&](int i) { return a.row[i] + b.row[i]; });
+    return each(a, [&](int i) __attribute__((always_inline)) { return a.row[i] + b.row[i]; });
   }
   LSTMX_INLINE friend Rows operator-(const Rows& a, const Rows& b) {
-    return each(a, [&](int i) { return a.row[i] - b.row[i]; });
+    return each(a, [&](int i) __attribute__((always_inline)) { return a.row[i] - b.row[i]; });
   }
   LSTMX_INLINE friend Rows operator*(const Rows& a, const Rows& b) {
-    return each(a, [&](int i) { return a.row[i] * b.row[i]; });
+    return each(a, [&](int i) __attribute__((always_inline)) { return a.row[i] * b.row[i]; });
   }
   LSTMX_INLINE friend Rows operator/(const Rows& a, const Rows& b) {
-    return each(a, [&](int i) { return a.row[i] / b.row[i]; });
+    return each(a, [&](int i) __attribute__((always_inline)) { return a.row[i] / b.row[i]; });
   }
   LSTMX_INLINE friend Rows operator-(int a, const Rows& b) {
-    return each(b, [&](int i) { return a - b.row[i]; });
+    return each(b, [&](int i) __attribute__((always_inline)) { return a - b.row[i]; });
   }
 };
 
-// Longer runs need more registers than there are.
-constexpr int kRowsTogether = LSTMX_VECTOR_REGISTERS / 8;
+// Longer runs need more registers than there are; doubles wait for the C library.
+template <class T>
+constexpr int kRowsTogether = std::is_same_v<T, float> ? LSTMX_VECTOR_REGISTERS / 8 : 1;
 
 // Of rows like a's, row i is what body(i) gives.
 template <class T, int kCount, class Body>
 LSTMX_INLINE Rows<T, kCount> each(const Rows<T, kCount>&, Body&& body) {
   Rows<T, kCount> result;
-  repeat<kCount>([&](int i) { result.row[i] = body(i); });
+  repeat<kCount>([&](int i) __attribute__((always_inline)) { result.row[i] = body(i); });
   return result;
 }
 
@@ -195,8 +215,9 @@ LSTMX_INLINE Vec<float> at_least(Vec<float> x, float bound) {
 
 template <int N>
 LSTMX_INLINE Rows<float, N> clamp(const Rows<float, N>& x, float least, float most) {
-  const auto low = each(x, [&](int i) { return at_most(x.row[i], most); });
-  return each(x, [&](int i) { return at_least(low.row[i], least); });
+  const auto low =
+      each(x, [&](int i) __attribute__((always_inline)) { return at_most(x.row[i], most); });
+  return each(x, [&](int i) __attribute__((always_inline)) { return at_least(low.row[i], least); });
 }
 
 // 1 / x of an x >= 1, to about a unit in the last place.
@@ -204,14 +225,15 @@ template <int N>
 LSTMX_INLINE Rows<float, N> reciprocal(const Rows<float, N>& x) {
 #if LSTMX_VECTOR_BYTES == 64
   // Fewer cycles than a division: 14 bits, which a step of Newton's method doubles.
-  const auto r = each(x, [&](int i) {
+  const auto r = each(x, [&](int i) __attribute__((always_inline)) {
     Vec<float> rough;
     asm("vrcp14ps %1, %0" : "=v"(rough.raw) : "v"(x.row[i].raw));
     return rough;
   });
   // Of infinity r is 0 already; the two must not meet.
-  const auto finite =
-      each(x, [&](int i) { return at_most(x.row[i], std::numeric_limits<float>::max()); });
+  const auto finite = each(x, [&](int i) __attribute__((always_inline)) {
+    return at_most(x.row[i], std::numeric_limits<float>::max());
+  });
   return r + r * (1 - finite * r);
 #else
   return Rows<float, N>(1.0f) / x;
@@ -239,7 +261,7 @@ LSTMX_INLINE Exp2<N> exp2_parts(const Rows<float, N>& x, float factor) {
   p = p * r + V(2.4022649795e-1f);
   p = p * r + V(6.93147187927e-1f);
   // The bits of the magic number itself are shifted out.
-  const auto scale = each(x, [&](int i) -> Vec<float> {
+  const auto scale = each(x, [&](int i) __attribute__((always_inline)) -> Vec<float> {
     return (RawFloat)(((RawWord)shifted.row[i].raw << 23) + 0x3F800000u);
   });
   return {p * r, scale};

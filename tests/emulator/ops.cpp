@@ -1,9 +1,17 @@
 // The ops torch.ops.lstmx_emulated.*: csrc/torch with the CUDA backend in the place of the CPU's,
 // its kernels run by the emulator on tensors in ordinary memory. Here is what that world lacks.
+// All is one source: most of the time to compile it goes to torch's headers.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "emulator.h"
+#include "torch/autograd.cpp"
+#include "torch/cache.cpp"
+#include "torch/checks.cpp"
+#include "torch/composite.cpp"
+#include "torch/inputs.cpp"
+#include "torch/library.cpp"
+#include "torch/sequence_cuda.cpp"
 
 namespace {
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.language_model import ABLATIONS, TorchLayer, app, use_torch
+from benchmarks.language_model import ABLATIONS, TorchLayer, app, precisions_of_both, use_torch
 from lstmx.text.awd_lstm import AWDLSTMConfig, AWDLSTMLanguageModel
 
 SMALL = "--embedding 8 --hidden 12 --layers 2 --vocabulary 100 --tokens 3000 --batch-size 8"
@@ -47,7 +47,7 @@ def test_torchs_layers_are_the_same_model(cell):
 
 def test_speed(data, tmp_path):
     found = invoke("speed --threads 1 --steps 2 --bptt 5", data, tmp_path)
-    assert [row["precision"] for row in found["results"]] == ["float32", "bf16-mixed"]
+    assert [row["precision"] for row in found["results"]] == precisions_of_both()
     for row in found["results"]:
         assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
         for name in ("torch", "lstmx"):
