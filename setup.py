@@ -1,7 +1,8 @@
 """Builds the extension lstmx._C; everything else about the package is in pyproject.toml.
 
 Environment: LSTMX_CUDA=auto|0|1 (auto: if torch and the machine have the CUDA toolkit; no GPU is
-needed), LSTMX_WERROR=1 (warnings are errors), TORCH_CUDA_ARCH_LIST (as for any extension).
+needed), LSTMX_WERROR=1 (warnings are errors), LSTMX_OBJECTS=path (an earlier build, whose objects
+of the CPU kernels are taken), TORCH_CUDA_ARCH_LIST (as for any extension).
 """
 
 import os
@@ -50,7 +51,11 @@ cxx = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-
 cxx += ["-Wno-unused-parameter"]  # torch's headers
 cxx += ["-Werror"] if os.environ.get("LSTMX_WERROR") == "1" else []
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-sources = glob("csrc/cpu/*.cpp") + glob("csrc/torch/*.cpp")
+sources, objects = glob("csrc/torch/*.cpp"), []
+if built := os.environ.get("LSTMX_OBJECTS"):
+    objects = glob(os.path.join(built, "csrc/cpu/*.o"))
+else:
+    sources += glob("csrc/cpu/*.cpp")
 extension, flags = CppExtension, {"cxx": cxx + openmp}
 if with_cuda() and glob("csrc/cuda/*.cu"):
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
@@ -59,7 +64,6 @@ if with_cuda() and glob("csrc/cuda/*.cu"):
     flags = {"cxx": [*cxx, *openmp, "-DLSTMX_WITH_CUDA"], "nvcc": ["-std=c++20", "-O3"]}
 else:
     sources = [source for source in sources if not source.endswith("_cuda.cpp")]
-
 
 
 class Build(BuildExtension):
@@ -74,7 +78,13 @@ class Build(BuildExtension):
 
 setup(
     ext_modules=[
-        extension("lstmx._C", sorted(sources), extra_compile_args=flags, extra_link_args=openmp)
+        extension(
+            "lstmx._C",
+            sorted(sources),
+            extra_objects=objects,
+            extra_compile_args=flags,
+            extra_link_args=openmp,
+        )
     ],
     cmdclass={"build_ext": Build},
 )

@@ -3,7 +3,8 @@
     make mutate
 
 A mutation of the torch-free part is compiled with the C++ tests, for one instruction set. One of
-the binding is compiled in a copy of the tree and meets the Python tests. A mutation that no test
+the binding is compiled in a copy of the tree, linked with the kernels of the last editable build,
+and meets the Python tests. A mutation that no test
 notices, or whose text is no longer in the source, fails the run.
 """
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BUILD = ROOT / "build" / "mutate"
+BUILD, OBJECTS = ROOT / "build" / "mutate", ROOT / "build" / "editable"
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,14 @@ PYTHON_TESTS = [
     "tests/test_autograd.py::test_gradcheck",
     "tests/test_autograd.py::test_gradgradcheck",
     "tests/test_weight_dropout.py::test_the_composite_draws_the_same_mask",
+]
+PYTHON_TESTS_OF_CUDA = [
     "tests/test_cuda.py::test_products_run_on_aligned_rows",
     "tests/test_cuda.py::test_float64_equals_reference",
 ]
 
 CPP_TESTS, EMULATOR = ROOT / "tests" / "cpp", ROOT / "tests" / "emulator"
-# What each C++ test is made of; relative paths are in the mutated tree.
+# What each C++ test is made of; relative paths are in the tree that is mutated.
 CPP_TEST_SOURCES = {
     "test_philox": [CPP_TESTS / "test_philox.cpp"],
     "test_cells": [CPP_TESTS / "test_cells.cpp"],
@@ -157,50 +160,101 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
-def failed_cpp_test(mutation: Mutation | None) -> str | None:
-    """The first C++ test that fails with the mutation, or None."""
-    compiler = os.environ.get("CXX", "c++")
-    with tempfile.TemporaryDirectory() as name:
-        tree = Path(name)
-        shutil.copytree(ROOT / "csrc", tree / "csrc")
-        if mutation is not None:
+class CppTests:
+    """The C++ tests of csrc as it is: a mutation compiles only what includes the file it is in."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.tree = self._copy("as_it_is")
+        self.depends: dict[tuple[str, str], set[str]] = {}
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            pairs = [(test, str(s)) for test, all_of in CPP_TEST_SOURCES.items() for s in all_of]
+            self.depends = dict(zip(pairs, pool.map(self._compile_as_it_is, pairs), strict=True))
+        for test in CPP_TEST_SOURCES:
+            if (failed := self._failed(test, self.tree)) is not None:
+                sys.exit(f"fails without any mutation: {failed}")
+
+    def failed(self, mutation: Mutation) -> str | None:
+        """The first test that fails with the mutation, or None."""
+        with tempfile.TemporaryDirectory(dir=self.directory) as name:
+            tree = self._copy(name)
             mutation.apply(tree / "csrc")
+            for test, sources in CPP_TEST_SOURCES.items():
+                changed = [s for s in sources if mutation.file in self.depends[test, str(s)]]
+                for source in changed:
+                    self._compile(test, source, tree, mutation)
+                if changed and (failed := self._failed(test, tree)) is not None:
+                    return failed
+        return None
+
+    def _copy(self, name: str) -> Path:
+        tree = self.directory / name
+        shutil.copytree(ROOT / "csrc", tree / "csrc")
         (tree / "stub.cpp").write_text(STUB)
-        flags = ["-std=c++20", "-O1", "-pthread", "-DLSTMX_CALLS"]
+        return tree
+
+    def _compile_as_it_is(self, pair: tuple[str, str]) -> set[str]:
+        return self._compile(*pair, self.tree, None)
+
+    @staticmethod
+    def _object(test: str, source: str | Path, tree: Path) -> Path:
+        return tree / f"{test}-{Path(source).stem}.o"
+
+    def _compile(self, test: str, source: str | Path, tree: Path, mutation: object) -> set[str]:
+        """The files of csrc that the source includes."""
+        target = self._object(test, source, tree)
+        # The compiler takes most of the time, and least without optimisation.
+        flags = ["-std=c++20", "-O0", "-pthread", "-DLSTMX_CALLS", "-MD"]
         includes = [tree / "csrc", CPP_TESTS, EMULATOR / "include", EMULATOR]
         flags += [f"-I{path}" for path in includes]
-        for test, sources in CPP_TEST_SOURCES.items():
-            if mutation is not None and (test in EMULATED) != mutation.file.startswith("cuda/"):
-                continue
-            define = ["-DLSTMX_EMULATED"] if test in EMULATED else []
-            paths = [str(tree / path) for path in sources]
-            target = str(tree / "test")
-            built = run([compiler, *flags, *define, *paths, "-o", target], cwd=tree)
-            if built.returncode != 0:
-                sys.exit(f"{mutation} does not compile:\n{built.stderr[:2000]}")
-            done = run([target], env=os.environ | {"ATEN_CPU_CAPABILITY": "default"})
-            if done.returncode != 0:
-                failed = re.search(r"^FAILED (\w+)", done.stdout, re.MULTILINE)
-                return f"{test}: {failed[1] if failed else 'crashed'}"
-    return None
+        flags += ["-DLSTMX_EMULATED"] if test in EMULATED else []
+        command = [os.environ.get("CXX", "c++"), *flags, "-c", str(tree / source), "-o", target]
+        if (built := run(command)).returncode != 0:
+            sys.exit(f"{mutation} does not compile:\n{built.stderr[:2000]}")
+        csrc = (tree / "csrc").resolve()
+        paths = [Path(p).resolve() for p in target.with_suffix(".d").read_text().split()[1:]]
+        return {str(p.relative_to(csrc)) for p in paths if p.is_relative_to(csrc)}
+
+    def _failed(self, test: str, tree: Path) -> str | None:
+        """Of a test made of the tree's objects, and where there are none of those as they are."""
+        objects = [self._object(test, source, tree) for source in CPP_TEST_SOURCES[test]]
+        objects = [o if o.exists() else self.tree / o.name for o in objects]
+        target = tree / test
+        command = [os.environ.get("CXX", "c++"), "-pthread", *objects, "-o", target]
+        if (built := run(command)).returncode != 0:
+            sys.exit(f"{test} cannot be linked:\n{built.stderr[:2000]}")
+        environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+        done = run([target, "--fail-fast"], env=environment)
+        if done.returncode == 0:
+            return None
+        failed = re.search(r"^FAILED (\w+)", done.stdout, re.MULTILINE)
+        return f"{test}: {failed[1] if failed else 'crashed'}"
 
 
 def build_binding() -> None:
     """Builds the extension in the copy of the tree, as far as files have changed."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    built = run(command, cwd=BUILD, env=os.environ | {"LSTMX_CUDA": "0", "LSTMX_WERROR": "0"})
+    options = {"LSTMX_CUDA": "0", "LSTMX_WERROR": "0", "LSTMX_OBJECTS": str(OBJECTS)}
+    built = run(command, cwd=BUILD, env=os.environ | options)
     if built.returncode != 0:
         sys.exit(f"the binding does not compile:\n{built.stdout}\n{built.stderr}")
 
 
 def failed_python_test(mutation: Mutation | None) -> str | None:
     """The first Python test that fails with the mutation, or None."""
-    before = mutation.apply(BUILD / "csrc") if mutation is not None else ""
-    build_binding()
+    tests = PYTHON_TESTS + PYTHON_TESTS_OF_CUDA
+    if mutation is not None:
+        before = mutation.apply(BUILD / "csrc")
+        if "cuda" in mutation.file:
+            tests = PYTHON_TESTS_OF_CUDA  # whose emulated extension compiles itself
+        elif mutation.file == TORCH:
+            tests = PYTHON_TESTS
+    if tests is not PYTHON_TESTS_OF_CUDA:
+        build_binding()
     # -P: the tests must meet the copy, which is first on the path, and nothing beside it.
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    tests += ["-m", "not gpu", *PYTHON_TESTS]
-    done = run(tests, cwd=BUILD, env=os.environ | {"PYTHONPATH": str(BUILD)})
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-m", "not gpu", *tests]
+    done = run(command, cwd=BUILD, env=os.environ | {"PYTHONPATH": str(BUILD)})
     if mutation is not None:
         (BUILD / "csrc" / mutation.file).write_text(before)
     if done.returncode == 0:
@@ -220,10 +274,9 @@ def report(mutation: Mutation, failed: str | None) -> bool:
 
 def main() -> None:
     start = time.monotonic()
-    if (failed := failed_cpp_test(None)) is not None:
-        sys.exit(f"fails without any mutation: {failed}")
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        killed = [report(*pair) for pair in zip(CPP, pool.map(failed_cpp_test, CPP), strict=True)]
+    with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        tests = CppTests(Path(name))
+        killed = [report(*pair) for pair in zip(CPP, pool.map(tests.failed, CPP), strict=True)]
 
     shutil.rmtree(BUILD, ignore_errors=True)
     ignore = shutil.ignore_patterns("*.so", "__pycache__")

@@ -40,11 +40,13 @@ inline int failures = 0;
     }                                                                                     \
   } while (false)
 
-int main() {
+// With any argument the first test that fails is the last.
+int main(int argc, char**) {
   for (const auto& test : all_tests()) {
     const int before = failures;
     test.run();
     std::printf("%s %s\n", failures == before ? "ok    " : "FAILED", test.name);
+    if (failures > before && argc > 1) break;
   }
   return failures == 0 ? 0 : 1;
 }
