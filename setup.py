@@ -1,8 +1,8 @@
 """Builds the extension lstmx._C; everything else about the package is in pyproject.toml.
 
 Environment: LSTMX_CUDA=auto|0|1 (auto: if torch and the machine have the CUDA toolkit; no GPU is
-needed), LSTMX_WERROR=1 (warnings are errors), LSTMX_OBJECTS=path (an earlier build, whose objects
-of the CPU kernels are taken), TORCH_CUDA_ARCH_LIST (as for any extension).
+needed), LSTMX_WERROR=1 (warnings are errors), LSTMX_OBJECTS=path (a build that has the CPU kernels'
+objects), TORCH_CUDA_ARCH_LIST (as for any extension).
 """
 
 import os
@@ -36,7 +36,7 @@ def with_cuda() -> bool:
             f"LSTMX_CUDA=1 needs a CUDA build of torch (found CUDA {torch.version.cuda}) and the "
             f"CUDA toolkit (CUDA_HOME is {CUDA_HOME})"
         )
-    text = subprocess.check_output([os.path.join(CUDA_HOME, "bin", "nvcc"), "--version"], text=True)
+    text = subprocess.check_output([f"{CUDA_HOME}/bin/nvcc", "--version"], text=True)
     nvcc = re.search(r"release (\d+)", text)[1]
     if nvcc != torch.version.cuda.split(".")[0]:
         sys.exit(
@@ -48,15 +48,12 @@ def with_cuda() -> bool:
 
 # A multiply-add may be fused, but the compiler may not reorder sums: results stay reproducible.
 cxx = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]
-cxx += ["-Wno-unused-parameter"]  # torch's headers
-cxx += ["-g0"]  # Python's own flags have -g: half as much time again, and a library of 57 MB
+# For torch's headers; and against Python's own -g, which takes half as much time again, and 52 MB.
+cxx += ["-Wno-unused-parameter", "-g0"]
 cxx += ["-Werror"] if os.environ.get("LSTMX_WERROR") == "1" else []
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-sources, objects = glob("csrc/torch/*.cpp"), []
-if built := os.environ.get("LSTMX_OBJECTS"):
-    objects = glob(os.path.join(built, "csrc/cpu/*.o"))
-else:
-    sources += glob("csrc/cpu/*.cpp")
+objects = glob(os.path.join(os.environ.get("LSTMX_OBJECTS", "none"), "csrc/cpu/*.o"))
+sources = glob("csrc/torch/*.cpp") + ([] if objects else glob("csrc/cpu/*.cpp"))
 extension, flags = CppExtension, {"cxx": cxx + openmp}
 if with_cuda() and glob("csrc/cuda/*.cu"):
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
@@ -68,24 +65,14 @@ else:
 
 
 class Build(BuildExtension):
-    """An editable build keeps its objects: the next one compiles what has changed since, and the
-    C++ tests are linked with them."""
+    """Keeps what an editable build makes: the next one, and the C++ tests, use it."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
         if self.editable_mode:
-            self.build_temp = os.path.join("build", "editable")
+            self.build_temp = "build/editable"
 
 
-setup(
-    ext_modules=[
-        extension(
-            "lstmx._C",
-            sorted(sources),
-            extra_objects=objects,
-            extra_compile_args=flags,
-            extra_link_args=openmp,
-        )
-    ],
-    cmdclass={"build_ext": Build},
-)
+options = {"extra_compile_args": flags, "extra_link_args": openmp, "extra_objects": objects}
+module = extension("lstmx._C", sorted(sources), **options)
+setup(ext_modules=[module], cmdclass={"build_ext": Build})

@@ -25,6 +25,7 @@ from tests import tolerances
 from tests.cases import GATES, Case
 
 SHORTEST_BLOCK = 0.005  # seconds
+PEAK_SIZES = {"cpu": (1024, 2048), "cuda": (4096,)}
 SLOW_PRODUCT = 0.1  # seconds; neither threads nor caches are what it waits for
 FEWEST_BLOCKS, MOST_BLOCKS = 3, 25
 
@@ -137,7 +138,7 @@ def gemm_peak(dtype: torch.dtype, device: str = "cpu") -> float:
         products.append(lambda a, b: linear(a, b, None, "none", [], ""))
 
     best = 0.0
-    for n in (1024, 2048) if device == "cpu" else (4096,):
+    for n in PEAK_SIZES[device]:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         runs = [partial(product, a, b) for product in products]
         seconds = min(_seconds(run, 1, device) for run in runs for _ in range(4))

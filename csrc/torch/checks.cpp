@@ -1,5 +1,3 @@
-#include <ATen/ATen.h>
-
 #include "sequence.h"
 
 namespace lstmx {

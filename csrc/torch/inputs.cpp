@@ -1,6 +1,9 @@
 #include "inputs.h"
 
 #include <ATen/OpMathType.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/roll.h>
 
 namespace lstmx {
 

@@ -1,7 +1,7 @@
 // A sequence's arguments as the kernels of any device want them: dense, with every size at hand.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <utility>
 #include <vector>

@@ -1,8 +1,10 @@
 // The sequence on the CPU: the recurrence by the kernels of csrc/cpu, everything that concerns all
 // steps at once by one product.
-#include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 
 #include "../cpu/kernels.h"
 #include "../cpu/matrix_unit.h"
