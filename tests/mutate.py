@@ -4,8 +4,8 @@
 
 A mutation of the torch-free part is compiled with the C++ tests, for one instruction set. One of
 the binding is compiled in a copy of the tree, linked with the kernels of the last editable build,
-and meets the Python tests. A mutation that no test
-notices, or whose text is no longer in the source, fails the run.
+and meets the Python tests. A mutation that no test notices, or whose text is no longer in the
+source, fails the run.
 """
 
 from __future__ import annotations
@@ -166,7 +166,6 @@ class CppTests:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.tree = self._copy("as_it_is")
-        self.depends: dict[tuple[str, str], set[str]] = {}
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             pairs = [(test, str(s)) for test, all_of in CPP_TEST_SOURCES.items() for s in all_of]
             self.depends = dict(zip(pairs, pool.map(self._compile_as_it_is, pairs), strict=True))
@@ -200,7 +199,9 @@ class CppTests:
     def _object(test: str, source: str | Path, tree: Path) -> Path:
         return tree / f"{test}-{Path(source).stem}.o"
 
-    def _compile(self, test: str, source: str | Path, tree: Path, mutation: object) -> set[str]:
+    def _compile(
+        self, test: str, source: str | Path, tree: Path, mutation: Mutation | None
+    ) -> set[str]:
         """The files of csrc that the source includes."""
         target = self._object(test, source, tree)
         # The compiler takes most of the time, and least without optimisation.
