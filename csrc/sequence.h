@@ -43,6 +43,7 @@ struct SequenceForwardParams {
   const void* b_ih;                 // [G*H] storage, or null
   const void* b_hh;                 // [G*H] storage, or null
   const void* initial[kMaxStates];  // [B, H] storage
+  bool from_zero;                   // initial[0] is zeros, which W_hh need not meet
   void* states[kMaxStates];         // [N, H] storage: y, c; c may be null
   void* last[kMaxStates];           // [B, H] storage: each row's final states
   void* saved;  // [N, kSaved*H] storage, or null; where storage is compute, x_gates may be its
@@ -73,7 +74,7 @@ struct SequenceBackwardParams {
 struct StepParams {
   SequenceShape shape;              // T = 1
   const void* x_gates;              // [B, G*H] compute: x W_ih^T
-  const void* h_gates;              // [B, G*H] compute: h W_hh^T
+  const void* h_gates;              // [B, G*H] compute: h W_hh^T; or null, if h is zeros
   const void* b_ih;                 // [G*H] storage, or null
   const void* b_hh;                 // [G*H] storage, or null
   const void* initial[kMaxStates];  // [B, H] storage

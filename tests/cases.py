@@ -31,12 +31,14 @@ class Case:
     lengths: tuple[int, ...] | None = None
     weight_dropout: float = 0.0
     memory: str = "high"
+    h0: str = "random"  # or "zero"
 
     def __str__(self) -> str:
         words = [self.cell, f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"]
         words += ["nobias"] * (not self.bias) + ["reverse"] * self.reverse
         words += ["packed"] * (self.lengths is not None) + ["low"] * (self.memory == "low")
         words += [f"p{self.weight_dropout}"] * (self.weight_dropout > 0)
+        words += ["h0=0"] * (self.h0 == "zero")
         return "-".join(words)
 
     def batch_sizes(self) -> Tensor | None:
@@ -73,6 +75,8 @@ class Case:
             return torch.randn(size, dtype=torch.float64, generator=generator)
 
         tensors = {name: draw(size) for name, size in sizes.items()}
+        if self.h0 == "zero":
+            tensors["h0"].zero_()
         for name, size in weights.items():
             uniform = torch.rand(size, dtype=torch.float64, generator=generator)
             tensors[name] = (2 * uniform - 1) * bound
@@ -119,6 +123,16 @@ CPU_PATHS = [
     *_both_cells(T=1, B=64, I=70, H=90, weight_dropout=0.5),
     *_both_cells(T=1, B=5, I=300, H=19),
     *_both_cells(T=1, B=20, I=700, H=800),
+]
+# A first step that finds zeros leaves W_hh out: by each of the ways above, and packed.
+CPU_PATHS += [
+    replace(case, h0="zero")
+    for case in [
+        *CPU_PATHS,
+        *_both_cells(T=1, B=1, I=3, H=20),
+        *_both_cells(T=6, B=7, I=5, H=17, lengths=(6, 4, 4, 1, 1, 1, 1)),
+        *_both_cells(T=6, B=7, I=5, H=17, lengths=(6, 4, 4, 1, 1, 1, 1), reverse=True),
+    ]
 ]
 
 # The shapes of the field: AWD-LSTM's layers, the chapter's, cuDNN's favourites, and odd ones.

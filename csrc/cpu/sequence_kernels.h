@@ -109,7 +109,7 @@ class Forward {
     T* scratch = scratch_ + 2 * member * scratch_size();
     T* input_scratch = scratch + scratch_size();
     Walk walk(p_.shape, /*backward=*/false);
-    while (walk.advance()) {
+    for (bool known = p_.from_zero; walk.advance(); known = false) {
       for (int part = member; part < parts_; part += team) {
         // By units, a tile on the border of two parts is cut by its rows.
         const Range work = partition.tiles(tiles_ * B_, part),
@@ -130,17 +130,23 @@ class Forward {
                 Next<O>{hidden_panel, near}, {0, I_}, input_scratch, [](int64_t, int64_t) {},
                 [](int64_t, int64_t, const T*) {});
           }
+          const auto finish_rows = [&](int64_t row, int64_t count, const T* c) {
+            const T* cx = input_scratch + (c - scratch);
+            with_lanes<T>(H_ - tile * V::kLanes, [&](auto lanes) {
+              finish(walk, tile, lanes, row, count, c, cx, h, h_next);
+            });
+          };
+          if (known) {
+            const int64_t count = active.end - active.begin;
+            std::fill_n(scratch, count * G * V::kLanes, T(0));
+            finish_rows(active.begin, count, scratch);
+            continue;
+          }
           // To the unit, zeros are as good as a rest of its own.
           const Range depth = {0, by_unit<O>() ? h_row_ : grouped<O>(H_)};
           multiply_panel<T>(
               G, h, h_row_, active, hidden_panel, Next<O>{next_panel, near}, depth, scratch,
-              [&](int64_t row, int64_t count) { fetch(walk, tile, row, count); },
-              [&](int64_t row, int64_t count, const T* c) {
-                const T* cx = input_scratch + (c - scratch);
-                with_lanes<T>(H_ - tile * V::kLanes, [&](auto lanes) {
-                  finish(walk, tile, lanes, row, count, c, cx, h, h_next);
-                });
-              });
+              [&](int64_t row, int64_t count) { fetch(walk, tile, row, count); }, finish_rows);
         }
       }
       if (partition.unit_parts > 1) barrier_.wait(team);
@@ -553,7 +559,7 @@ struct Step {
         V& of_x = x[g].row[i];
         V& of_h = h[g].row[i];
         of_x = load<T>(at<T>(p.x_gates, gates + g * H), lanes);
-        of_h = load<T>(at<T>(p.h_gates, gates + g * H), lanes);
+        of_h = p.h_gates ? load<T>(at<T>(p.h_gates, gates + g * H), lanes) : V(T(0));
         if (p.b_ih) of_x = of_x + load<T>(at<Storage>(p.b_ih, g * H + unit), lanes);
         if (p.b_hh) of_h = of_h + load<T>(at<Storage>(p.b_hh, g * H + unit), lanes);
       }

@@ -6,6 +6,8 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 
+#include <cstring>
+
 #include "../cpu/kernels.h"
 #include "../cpu/matrix_unit.h"
 #include "../cpu/team.h"
@@ -20,10 +22,18 @@ struct CpuInputs : Inputs {
       : Inputs(args),
         threads(at::get_num_threads()),
         kernels(cpu::kernels(dtype, cpu::multiplies_in_pairs())),
-        cell(kernels.cells[int(kind)]) {}
+        cell(kernels.cells[int(kind)]),
+        from_zero(all_zero(initial[0])) {}
 
   Tensor workspace(int64_t (*bytes)(const SequenceShape&, int), const SequenceShape& of) const {
     return empty_cached({bytes(of, threads)}, x.options().dtype(at::kByte));
+  }
+
+  // -0 does not count, NaN and all else end the search. A tensor that is not empty.
+  static bool all_zero(const Tensor& t) {
+    const auto* bytes = static_cast<const char*>(t.const_data_ptr());
+    const size_t count = t.nbytes();
+    return count > 0 && bytes[0] == 0 && std::memcmp(bytes, bytes + 1, count - 1) == 0;
   }
 
   // out = a b; `more` says what else ProductParams offers.
@@ -31,6 +41,10 @@ struct CpuInputs : Inputs {
                const Tensor& out, const cpu::ProductParams& more = {}) const {
     cpu::ProductParams p = more;
     p.m = a.size(0), p.n = b.size(1), p.k = a.size(1);
+    if (p.k == 0 && !p.accumulate) {
+      out.zero_();
+      return;
+    }
     p.a = a.const_data_ptr(), p.a_row = a.stride(0), p.a_column = a.stride(1);
     p.b = b.const_data_ptr(), p.b_row = b.stride(0), p.b_column = b.stride(1);
     p.c = out.mutable_data_ptr(), p.c_row = out.stride(0);
@@ -57,6 +71,7 @@ struct CpuInputs : Inputs {
   int threads;
   const cpu::Kernels& kernels;
   const cpu::CellKernels& cell;
+  const bool from_zero;  // the first step finds h = 0: neither it nor dW_hh needs that product
   FollowTeams follow_teams;  // after `threads`, which is to be what the user asked for
 };
 
@@ -95,10 +110,10 @@ Params forward_params(const CpuInputs& in, const SequenceShape& shape, const Ten
 void forward_one_step(const CpuInputs& in, void* const* states, void* const* last,
                       const Tensor& saved) {
   const auto x_gates = in.gates(in.x_rows(), in.w_ih);
-  const auto h_gates = in.hidden_gates();
+  const auto h_gates = in.from_zero ? Tensor() : in.hidden_gates();
   auto p = forward_params<StepParams>(in, in.shape, saved);
   p.x_gates = x_gates.const_data_ptr();
-  p.h_gates = h_gates.const_data_ptr();
+  p.h_gates = in.from_zero ? nullptr : h_gates.const_data_ptr();
   for (int k = 0; k < in.states; ++k) p.states[k] = states[k], p.last[k] = last[k];
   in.cell.step(p, in.threads);
 }
@@ -147,6 +162,7 @@ ForwardResult sequence_forward_cpu(const SequenceArgs& args, bool save_gates, bo
     for (int k = 0; k < in.states; ++k) {
       forward.params.states[k] = states[k], forward.params.last[k] = last[k];
     }
+    forward.params.from_zero = in.from_zero;
     in.cell.forward(forward.params, in.threads);
   }
   return {y, h_n, c_n, c, saved};
@@ -244,8 +260,7 @@ class Backward {
     SequenceBackwardParams p{};
     p.shape = in_.shape;
     if (!whole) p.shape.steps = count / B;
-    const auto h_prev = recompute_ || need_w_hh_ ? previous(0, steps) : Tensor();
-    auto saved = recompute_ ? gates(h_prev, steps) : rows(saved_);
+    auto saved = recompute_ ? gates(steps) : rows(saved_);
     // The matrix unit reads whole lines of the cache.
     const int64_t line = by_unit() ? 64 / in_.x.element_size() : 1;
     const int64_t dgates_row = (in_.grads * H + line - 1) / line * line;
@@ -313,7 +328,11 @@ class Backward {
       cpu::ProductParams more{};
       more.accumulate = i > 0;
       if (i + 1 == chunks_) more.dropout = in_.dropout;  // of the whole sum, once
-      in_.product(kernel, dgates_h.t(), h_prev, dw_hh_, more);
+      // Rows that found zeros give nothing.
+      const bool less = found_zeros(steps);
+      const auto h_prev = less ? known(0, steps) : previous(0, steps);
+      const auto of_h = dgates_h.narrow(0, less && !in_.shape.reverse ? B : 0, h_prev.size(0));
+      in_.product(kernel, of_h.t(), h_prev, dw_hh_, more);
     }
   }
 
@@ -324,22 +343,31 @@ class Backward {
     return states_[k].view({in_.N, in_.H}).narrow(0, row, in_.B);
   }
 
-  // What each of their rows found as state k.
-  Tensor previous(int k, const Steps& steps) const {
-    if (chunks_ == 1) return in_.previous(k, states_[k]);
+  // The first of them found h = 0 in all its rows, and no other begins there.
+  bool found_zeros(const Steps& steps) const {
+    return steps.at_start && in_.from_zero && !in_.shape.batch_sizes;
+  }
+
+  // What their rows found as state k, without those that found the initial one.
+  Tensor known(int k, const Steps& steps) const {
     const int64_t inner = steps.rows - (steps.at_start ? in_.B : 0);
     const int64_t first =
         in_.shape.reverse ? steps.first + in_.B : std::max<int64_t>(0, steps.first - in_.B);
-    const auto known = states_[k].view({in_.N, in_.H}).narrow(0, first, inner);
-    if (!steps.at_start) return known;
+    return states_[k].view({in_.N, in_.H}).narrow(0, first, inner);
+  }
+
+  // What each of their rows found as state k.
+  Tensor previous(int k, const Steps& steps) const {
+    if (chunks_ == 1) return in_.previous(k, states_[k]);
+    if (!steps.at_start) return known(k, steps);
     auto joined = in_.empty({steps.rows, in_.H});
-    return in_.shape.reverse ? at::cat_out(joined, {known, in_.initial[k]})
-                             : at::cat_out(joined, {in_.initial[k], known});
+    return in_.shape.reverse ? at::cat_out(joined, {known(k, steps), in_.initial[k]})
+                             : at::cat_out(joined, {in_.initial[k], known(k, steps)});
   }
 
   // Their gates, from the states alone. No row waits for another: a few hundred at a time make one
   // step of the recurrence.
-  Tensor gates(const Tensor& h_prev, const Steps& steps) const {
+  Tensor gates(const Steps& steps) const {
     const int64_t H = in_.H, count = steps.rows;
     auto saved = in_.empty({count, in_.saved * H});
     if (in_.shape.steps == 1) {
@@ -348,8 +376,8 @@ class Backward {
       return saved;
     }
     const auto x = in_.x_rows().narrow(0, steps.first, count);
-    std::vector<Tensor> found = {h_prev};
-    for (int k = 1; k < in_.states; ++k) found.push_back(previous(k, steps));
+    std::vector<Tensor> found;
+    for (int k = 0; k < in_.states; ++k) found.push_back(previous(k, steps));
     const int64_t most = std::min(count, kRowsAtOnce);
     const auto states = in_.empty({most, H});  // which are known
     Recurrence forward(in_, {1, most, H, nullptr, false}, x, saved);
