@@ -47,9 +47,7 @@ typedef uint16_t RawHalf __attribute__((vector_size(LSTMX_VECTOR_BYTES / 2)));
 typedef uint32_t RawWord __attribute__((vector_size(LSTMX_VECTOR_BYTES)));
 
 template <class Storage>
-LSTMX_INLINE RawFloat widen_all(const Storage* p) {
-  RawHalf halves;
-  __builtin_memcpy(&halves, p, sizeof(halves));
+LSTMX_INLINE RawFloat widen_all(RawHalf halves) {
   const auto words = __builtin_convertvector(halves, RawWord);
   if constexpr (std::is_same_v<Storage, BFloat16>) {
     return widen_bfloat16<RawFloat>(words);
@@ -59,42 +57,79 @@ LSTMX_INLINE RawFloat widen_all(const Storage* p) {
 }
 
 template <class Storage>
-LSTMX_INLINE void narrow_all(RawFloat x, Storage* p) {
+LSTMX_INLINE RawHalf narrow_all(RawFloat x) {
   RawWord words;
   if constexpr (std::is_same_v<Storage, BFloat16>) {
     words = narrow_bfloat16<RawWord>(x);
   } else {
     words = narrow_float16<RawWord>(x);
   }
-  const auto halves = __builtin_convertvector(words, RawHalf);
-  __builtin_memcpy(p, &halves, sizeof(halves));
+  return __builtin_convertvector(words, RawHalf);
+}
+
+// A vector as it lies in memory.
+template <class T, class Storage>
+using Stored = std::conditional_t<sizeof(Storage) == sizeof(T), typename Vec<T>::Raw, RawHalf>;
+
+template <class T, class Storage>
+LSTMX_INLINE Vec<T> from_storage(Stored<T, Storage> v) {
+  if constexpr (sizeof(Storage) == sizeof(T)) {
+    return v;
+  } else {
+    return widen_all<Storage>(v);
+  }
+}
+template <class T, class Storage>
+LSTMX_INLINE Stored<T, Storage> to_storage(Vec<T> v) {
+  if constexpr (sizeof(Storage) == sizeof(T)) {
+    return v.raw;
+  } else {
+    return narrow_all<Storage>(v.raw);
+  }
 }
 
 // Unaligned loads and stores; storage types are widened and narrowed on the way.
 template <class T, class Storage>
 LSTMX_INLINE Vec<T> load(const Storage* p) {
-  Vec<T> v;
-  if constexpr (sizeof(Storage) == sizeof(T)) {
-    __builtin_memcpy(&v, p, sizeof(v));
-  } else {
-    v.raw = widen_all(p);
-  }
-  return v;
+  Stored<T, Storage> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return from_storage<T, Storage>(v);
 }
 template <class T, class Storage>
 LSTMX_INLINE void store(Storage* p, Vec<T> v) {
-  if constexpr (sizeof(Storage) == sizeof(T)) {
-    __builtin_memcpy(p, &v, sizeof(v));
-  } else {
-    narrow_all(v.raw, p);
-  }
+  const auto to = to_storage<T, Storage>(v);
+  __builtin_memcpy(p, &to, sizeof(to));
 }
 
-// The same of the first lanes; the rest read as zero. A call, for it is rare: a matrix has one
-// edge.
+// The same of the first lanes; the rest read as zero.
 struct Some {
   int64_t lanes;
 };
+#if LSTMX_VECTOR_BYTES == 64
+template <class T, class Storage>
+LSTMX_INLINE Vec<T> load(const Storage* p, Some some) {
+  const uint32_t mask = (uint32_t{1} << some.lanes) - 1;
+  if constexpr (sizeof(Storage) == 2) {
+    return from_storage<T, Storage>((RawHalf)_mm256_maskz_loadu_epi16(__mmask16(mask), p));
+  } else if constexpr (sizeof(Storage) == 4) {
+    return (RawFloat)_mm512_maskz_loadu_ps(__mmask16(mask), p);
+  } else {
+    return (RawDouble)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+  }
+}
+template <class T, class Storage>
+LSTMX_INLINE void store(Storage* p, Vec<T> v, Some some) {
+  const uint32_t mask = (uint32_t{1} << some.lanes) - 1;
+  if constexpr (sizeof(Storage) == 2) {
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)to_storage<T, Storage>(v));
+  } else if constexpr (sizeof(Storage) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)v.raw);
+  } else {
+    _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)v.raw);
+  }
+}
+#else
+// A call, for it is rare: a matrix has one edge.
 template <class T, class Storage>
 LSTMX_CALL Vec<T> load(const Storage* p, Some some) {
   Storage all[Vec<T>::kLanes] = {};
@@ -107,6 +142,7 @@ LSTMX_CALL void store(Storage* p, Vec<T> v, Some some) {
   store(all, v);
   __builtin_memcpy(p, all, some.lanes * sizeof(Storage));
 }
+#endif
 
 // Of some or all.
 template <class T, class Storage>

@@ -41,13 +41,13 @@ struct CpuInputs : Inputs {
                const Tensor& out, const cpu::ProductParams& more = {}) const {
     cpu::ProductParams p = more;
     p.m = a.size(0), p.n = b.size(1), p.k = a.size(1);
-    if (p.k == 0 && !p.accumulate) {
-      out.zero_();
-      return;
-    }
     p.a = a.const_data_ptr(), p.a_row = a.stride(0), p.a_column = a.stride(1);
     p.b = b.const_data_ptr(), p.b_row = b.stride(0), p.b_column = b.stride(1);
     p.c = out.mutable_data_ptr(), p.c_row = out.stride(0);
+    if (p.k == 0 && !p.accumulate && out.is_contiguous()) {
+      std::memset(p.c, 0, out.nbytes());
+      return;
+    }
     const auto scratch = empty_cached({kernel.workspace(p, threads)}, x.options().dtype(at::kByte));
     p.workspace = scratch.mutable_data_ptr();
     kernel.run(p, threads);
@@ -71,7 +71,7 @@ struct CpuInputs : Inputs {
   int threads;
   const cpu::Kernels& kernels;
   const cpu::CellKernels& cell;
-  const bool from_zero;  // the first step finds h = 0: neither it nor dW_hh needs that product
+  const bool from_zero;      // the first step finds h = 0: neither it nor dW_hh needs that product
   FollowTeams follow_teams;  // after `threads`, which is to be what the user asked for
 };
 
