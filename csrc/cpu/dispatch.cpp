@@ -35,11 +35,12 @@ MatrixUnit matrix_unit;
 
 const Kernels& kernels(DType dtype, bool pairs) {
   const KernelTable& table = kernels();
-  const bool compiled = dtype == DType::kBFloat16 && table.pairs.gates.run;
-  return pairs && compiled ? table.pairs : table.by_dtype[int(dtype)];
+  pairs =
+      pairs && dtype == DType::kBFloat16 && table.pairs.gates.run && has_bfloat16_instructions();
+  return pairs ? table.pairs : table.by_dtype[int(dtype)];
 }
 
-bool has_pair_instruction() {
+bool has_bfloat16_instructions() {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx512bf16");
 #else
@@ -72,11 +73,11 @@ int64_t second_level_bytes() {
   return bytes;
 }
 
-// Intel's processors take longer for the instruction than for the same terms as float32, AMD's
-// half as long (docs/adr/0008).
+// Intel's processors take longer to multiply a pair than the same terms as float32, AMD's half as
+// long (docs/adr/0008).
 static bool pair_instruction_pays() {
 #if defined(__x86_64__)
-  return has_pair_instruction() && !__builtin_cpu_is("intel");
+  return !__builtin_cpu_is("intel");
 #else
   return false;
 #endif
@@ -85,7 +86,7 @@ static bool pair_instruction_pays() {
 bool multiplies_in_pairs() {
   static const bool pairs = [] {
     const KernelTable& table = kernels();
-    if (!table.pairs.gates.run) return false;
+    if (!table.pairs.gates.run || !has_bfloat16_instructions()) return false;
     const char* choice = std::getenv("LSTMX_MATRIX_UNIT");
     const bool wanted = !choice || std::strcmp(choice, "0") != 0;
     if (wanted && table.matrix_unit.multiply && has_matrix_unit()) {

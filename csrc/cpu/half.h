@@ -12,6 +12,8 @@ namespace lstmx {
 struct BFloat16 {
   uint16_t bits;
 };
+// The same on processors that may lack instructions for it.
+struct PlainBFloat16 : BFloat16 {};
 struct Float16 {
   uint16_t bits;
 };

@@ -75,11 +75,11 @@ struct KernelTable {
 // no limit). Decided once, from ATEN_CPU_CAPABILITY.
 const KernelTable& kernels();
 
-// Of that table, for bfloat16 those that multiply it in pairs if wanted. They need the instruction
-// or the matrix unit (matrix_unit.h); where they are not compiled, the others are returned.
+// Of that table, for bfloat16 those that multiply it in pairs if wanted. They need the instructions
+// for bfloat16, also with the matrix unit (matrix_unit.h): without them, the others are returned.
 const Kernels& kernels(DType dtype, bool pairs);
 // What the processor has, and whether the system lets this process use it.
-bool has_pair_instruction();
+bool has_bfloat16_instructions();
 bool has_matrix_unit();
 // Size of the cache that each core has to itself. 1 MiB where the system does not say.
 int64_t second_level_bytes();

@@ -667,9 +667,9 @@ constexpr cpu::KernelTable kernel_table(const char* name) {
   table.name = name;
   table.by_dtype[int(DType::kFloat32)] = all_kernels<float, float, float>();
   table.by_dtype[int(DType::kFloat64)] = all_kernels<double, double, double>();
-  table.by_dtype[int(DType::kBFloat16)] = all_kernels<float, BFloat16, float>();
+  table.by_dtype[int(DType::kBFloat16)] = all_kernels<float, PlainBFloat16, float>();
   table.by_dtype[int(DType::kFloat16)] = all_kernels<float, Float16, float>();
-  // A processor that multiplies pairs has the widest vectors too.
+  // A processor that has instructions for it has the widest vectors too.
   if constexpr (LSTMX_VECTOR_BYTES == 64) table.pairs = all_kernels<float, BFloat16, BFloat16>();
   table.mask_float = mask_elements<float>;
   table.mask_double = mask_elements<double>;

@@ -49,7 +49,7 @@ typedef uint32_t RawWord __attribute__((vector_size(LSTMX_VECTOR_BYTES)));
 template <class Storage>
 LSTMX_INLINE RawFloat widen_all(RawHalf halves) {
   const auto words = __builtin_convertvector(halves, RawWord);
-  if constexpr (std::is_same_v<Storage, BFloat16>) {
+  if constexpr (std::is_base_of_v<BFloat16, Storage>) {
     return widen_bfloat16<RawFloat>(words);
   } else {
     return widen_float16<RawFloat>(words);
@@ -58,8 +58,15 @@ LSTMX_INLINE RawFloat widen_all(RawHalf halves) {
 
 template <class Storage>
 LSTMX_INLINE RawHalf narrow_all(RawFloat x) {
-  RawWord words;
+#if LSTMX_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<Storage, BFloat16>) {
+    RawHalf halves;  // subnormal numbers become zeros
+    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
+    return halves;
+  }
+#endif
+  RawWord words;
+  if constexpr (std::is_base_of_v<BFloat16, Storage>) {
     words = narrow_bfloat16<RawWord>(x);
   } else {
     words = narrow_float16<RawWord>(x);
