@@ -20,7 +20,7 @@ from benchmarks.memory import Meter
 from lstmx.environment import environment, write_json
 from tests.cases import BENCHMARK, CELLS, Case
 
-MODES = ("forward", "training", "dropout")
+MODES = ("forward", "training", "dropout", "carried")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 # Two of them may differ between the parts of a file: the code, and when it ran.
 SAME_MACHINE = ("torch", "python", "system", "processor", "cores", "instruction_set", "gpu")
@@ -68,7 +68,11 @@ def main(
     cell: Annotated[list[str], _list(CELLS, "lstm, gru.")],
     mode: Annotated[
         list[str],
-        _list(MODES, "forward (no gradients), training, dropout: training with weight dropout."),
+        _list(
+            MODES[:3],
+            "forward (no gradients), training, dropout: training with weight dropout, carried: "
+            "training from states that are given.",
+        ),
     ],
     dtype: Annotated[list[str], _list(("float32", "bfloat16"), ", ".join(DTYPES) + ".")],
     provider: Annotated[
@@ -103,9 +107,9 @@ def main(
     _checked("device", [device], ("cpu", "cuda"))
     if resume and json is None:
         raise typer.BadParameter("resume needs a file to go on with: --json", param_hint="--resume")
-    p = {"forward": 0.0, "training": 0.0, "dropout": weight_dropout}
+    p = {"dropout": weight_dropout}
     jobs = [
-        (name, one_mode, count, replace(case, weight_dropout=p[one_mode]))
+        (name, one_mode, count, replace(case, weight_dropout=p.get(one_mode, 0.0)))
         for name in dtype
         for one_mode in mode
         for count in threads
@@ -118,9 +122,9 @@ def main(
     wanted = memory and device == "cpu" and Meter.supported
     with Meter() if wanted else nullcontext() as meter:
         for name, one_mode, count, case in track(jobs, "timing", console=console):
-            kind = "forward" if one_mode == "forward" else "training"
+            kind = "training" if one_mode == "dropout" else one_mode
             # Nothing is kept for backward there, one way or the other.
-            able = [who for who in provider if kind == "training" or "+low" not in who]
+            able = [who for who in provider if kind != "forward" or "+low" not in who]
             job = (device, name, kind, case.weight_dropout, count)
             keys = [(*job, case.cell, case.T, case.B, case.I, case.H, who) for who in able]
             asked += keys

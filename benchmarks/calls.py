@@ -9,20 +9,30 @@ from torch import Tensor, nn
 
 from tests.cases import Case
 
-MODES = ("forward", "training")
+# The last is training from states that are given and not zero, as every window but a text's first.
+MODES = ("forward", "training", "carried")
 Call = Callable[[], list[Tensor]]
 
 
-def tensors(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """x [T, B, I], a leaf, and the gradient of the output, [T, B, H]."""
+def tensors(
+    case: Case, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """x [T, B, I], a leaf, the gradient of the output, [T, B, H], and states [1, B, H]."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.T, case.B, case.I, generator=generator)
     dy = torch.randn(case.T, case.B, case.H, generator=generator)
-    return x.to(device, dtype).requires_grad_(), dy.to(device, dtype)
+    states = torch.rand(2 if case.cell == "lstm" else 1, 1, case.B, case.H, generator=generator)
+    return (
+        x.to(device, dtype).requires_grad_(),
+        dy.to(device, dtype),
+        states.to(device, dtype).unbind(),
+    )
 
 
-def call(module: nn.Module, x: Tensor, dy: Tensor, mode: str) -> Call:
+def call(module: nn.Module, x: Tensor, dy: Tensor, states: tuple[Tensor, ...], mode: str) -> Call:
     """A call that returns y, the final states and, for training, the gradients of x and weights.
+
+    ``states`` are given to the module in the mode "carried" only; the others begin at zeros.
 
     Raises:
         ValueError: unknown mode.
@@ -30,9 +40,11 @@ def call(module: nn.Module, x: Tensor, dy: Tensor, mode: str) -> Call:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
 
+    given = () if mode != "carried" else (states,) if len(states) > 1 else states
+
     def forward() -> list[Tensor]:
-        y, states = module(x)
-        return [y, *([states] if isinstance(states, Tensor) else states)]
+        y, last = module(x, *given)
+        return [y, *([last] if isinstance(last, Tensor) else last)]
 
     if mode == "forward":
         return torch.no_grad()(forward)

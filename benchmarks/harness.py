@@ -72,7 +72,7 @@ class Measurement:
 def products_flop(case: Case, mode: str) -> float:
     """Floating point operations of the matrix products of one call."""
     forward = 2 * case.T * case.B * GATES[case.cell] * case.H * (case.I + case.H)
-    return forward * (3 if mode == "training" else 1)
+    return forward * (1 if mode == "forward" else 3)
 
 
 def _captured(run: Call) -> Call:
@@ -171,13 +171,16 @@ def _results(module: nn.Module, run: Call, case: Case, device: torch.device) -> 
     return results
 
 
-def _expected(case: Case, mode: str, x: Tensor, dy: Tensor) -> list[Tensor]:
+def _expected(
+    case: Case, mode: str, x: Tensor, dy: Tensor, states: tuple[Tensor, ...]
+) -> list[Tensor]:
     """Outputs and gradients by torch.nn in float32 or better, of the same numbers."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     module = make("torch", case.cell, case.I, case.H, case.weight_dropout, x.dtype)
     module = module.to(x.device, dtype).train()
     wide = x.detach().to(dtype).requires_grad_()
-    return _results(module, call(module, wide, dy.to(dtype), mode), case, x.device)
+    run = call(module, wide, dy.to(dtype), tuple(s.to(dtype) for s in states), mode)
+    return _results(module, run, case, x.device)
 
 
 def _agree(got: list[Tensor], expected: list[Tensor], case: Case) -> None:
@@ -213,7 +216,8 @@ def measure(
 
     Args:
         case: sizes, cell and weight dropout.
-        mode: "forward" (without gradients) or "training" (forward and backward).
+        mode: "forward" (without gradients), "training" (forward and backward) or "carried"
+            (training from states that are given).
         dtype: of all tensors.
         providers: names; ``benchmarks.providers.make`` knows them.
         seconds: about how long to time each provider on average; slow calls take longer, for
@@ -225,14 +229,14 @@ def measure(
         ValueError: unknown mode or provider.
         AssertionError: lstmx or the reference is wrong, in an output or a gradient.
     """
-    x, dy = tensors(case, dtype, device)
+    x, dy, states = tensors(case, dtype, device)
     modules, calls = {}, {}
     for name in providers:
         base = name.removesuffix("+graph")
         module = make(base, case.cell, case.I, case.H, case.weight_dropout, dtype)
         modules[name] = module.to(device).train()
-        calls[name] = call(modules[name], x, dy, mode)
-    expected = _expected(case, mode, x, dy)
+        calls[name] = call(modules[name], x, dy, states, mode)
+    expected = _expected(case, mode, x, dy, states)
     first, agrees = {}, {}
     for name, module in modules.items():
         start = time.perf_counter()

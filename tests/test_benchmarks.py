@@ -46,7 +46,7 @@ def _small_products(monkeypatch):
     monkeypatch.setitem(harness.PEAK_SIZES, "cpu", (256,))
 
 
-@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("mode", ["forward", "training", "carried"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_measure(mode, dtype):
     case = Case("lstm", T=3, B=4, I=5, H=6, weight_dropout=0.5)
@@ -72,7 +72,7 @@ def test_flop_counts_the_products():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"mode": "sleep"}, "mode must be one of forward, training, got 'sleep'"),
+        ({"mode": "sleep"}, "mode must be one of forward, training, carried, got 'sleep'"),
         ({"mode": "forward", "providers": ["jax"]}, "provider must be one of .*got 'jax'"),
     ],
 )
@@ -377,7 +377,10 @@ def test_the_command_line(tmp_path):
     ("arguments", "words"),
     [
         (["--shape", "1,2,3"], "shape must be T,B,I,H, got '1,2,3'"),
-        (["--mode", "sleep"], "mode must be one of forward, training, dropout, got 'sleep'"),
+        (
+            ["--mode", "sleep"],
+            "mode must be one of forward, training, dropout, carried, got 'sleep'",
+        ),
         (["--dtype", "int8"], "dtype must be one of .*got 'int8'"),
         (["--cell", "rnn"], "cell must be one of lstm, gru, got 'rnn'"),
         (["--device", "tpu"], "device must be one of cpu, cuda, got 'tpu'"),

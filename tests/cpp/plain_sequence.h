@@ -32,6 +32,7 @@ struct Sequence {
   std::vector<int64_t> batch_sizes;
   bool reverse, packed;
   double p;
+  bool from_zero = false;  // the initial h
 
   int64_t T() const { return int64_t(batch_sizes.size()); }
   int64_t B() const { return batch_sizes[0]; }
@@ -175,6 +176,7 @@ Arrays<Cell> random_arrays(const Sequence& q) {
     a.initial[k] = normal_values(B * H);
     a.dstates[k] = normal_values(N * H), a.dlast[k] = normal_values(B * H);
   }
+  if (q.from_zero) a.initial[0].assign(B * H, 0);
   run_plainly(q, a);
   return a;
 }
@@ -196,6 +198,8 @@ inline const Sequence kSequences[] = {
     {65, {9, 9, 9, 9}, false, false, 0},
     {33, {8, 5, 5, 1}, false, true, 0.5},
     {40, {13, 12, 3, 3}, true, true, 0},
+    {20, {6, 6, 6}, false, false, 0.3, true},
+    {33, {8, 5, 5, 1}, true, true, 0, true},
 };
 
 }  // namespace lstmx
