@@ -79,7 +79,7 @@ CPP = [
     Mutation(KERNELS, "dprev[k].row[i]", "dnext[k].row[i]"),
     Mutation(KERNELS, "row < walk.next_rows ?", "row <= walk.next_rows ?"),
     Mutation(KERNELS, "* scale + bias_hh[g]", "* scale"),
-    Mutation(KERNELS, "walk.advance(); known = false", "walk.advance();"),
+    Mutation(KERNELS, "walk.advance(); zeros = false", "walk.advance();"),
     Mutation(PRODUCT, "if (masked_) value = value * load<T>(factor + n);", ""),
     Mutation(PRODUCT, "s == 0 && accumulate", "false"),
     Mutation(PRODUCT, "if (p_.accumulate) value = value + load<T>(sum, lanes);", ""),

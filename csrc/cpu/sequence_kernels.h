@@ -109,7 +109,7 @@ class Forward {
     T* scratch = scratch_ + 2 * member * scratch_size();
     T* input_scratch = scratch + scratch_size();
     Walk walk(p_.shape, /*backward=*/false);
-    for (bool known = p_.from_zero; walk.advance(); known = false) {
+    for (bool zeros = p_.from_zero; walk.advance(); zeros = false) {
       for (int part = member; part < parts_; part += team) {
         // By units, a tile on the border of two parts is cut by its rows.
         const Range work = partition.tiles(tiles_ * B_, part),
@@ -136,7 +136,7 @@ class Forward {
               finish(walk, tile, lanes, row, count, c, cx, h, h_next);
             });
           };
-          if (known) {
+          if (zeros) {
             const int64_t count = active.end - active.begin;
             std::fill_n(scratch, count * G * V::kLanes, T(0));
             finish_rows(active.begin, count, scratch);
