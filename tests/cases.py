@@ -31,14 +31,14 @@ class Case:
     lengths: tuple[int, ...] | None = None
     weight_dropout: float = 0.0
     memory: str = "high"
-    h0: str = "random"  # or "zero"
+    from_zero: bool = False  # h0
 
     def __str__(self) -> str:
         words = [self.cell, f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"]
         words += ["nobias"] * (not self.bias) + ["reverse"] * self.reverse
         words += ["packed"] * (self.lengths is not None) + ["low"] * (self.memory == "low")
         words += [f"p{self.weight_dropout}"] * (self.weight_dropout > 0)
-        words += ["h0=0"] * (self.h0 == "zero")
+        words += ["zero"] * self.from_zero
         return "-".join(words)
 
     def batch_sizes(self) -> Tensor | None:
@@ -75,7 +75,7 @@ class Case:
             return torch.randn(size, dtype=torch.float64, generator=generator)
 
         tensors = {name: draw(size) for name, size in sizes.items()}
-        if self.h0 == "zero":
+        if self.from_zero:
             tensors["h0"].zero_()
         for name, size in weights.items():
             uniform = torch.rand(size, dtype=torch.float64, generator=generator)
@@ -126,7 +126,7 @@ CPU_PATHS = [
 ]
 # A first step that finds zeros leaves W_hh out: by each of the ways above, and packed.
 CPU_PATHS += [
-    replace(case, h0="zero")
+    replace(case, from_zero=True)
     for case in [
         *CPU_PATHS,
         *_both_cells(T=1, B=1, I=3, H=20),

@@ -86,7 +86,7 @@ static bool pair_instruction_pays() {
 bool multiplies_in_pairs() {
   static const bool pairs = [] {
     const KernelTable& table = kernels();
-    if (!table.pairs.gates.run || !has_bfloat16_instructions()) return false;
+    if (&kernels(DType::kBFloat16, /*pairs=*/true) != &table.pairs) return false;
     const char* choice = std::getenv("LSTMX_MATRIX_UNIT");
     const bool wanted = !choice || std::strcmp(choice, "0") != 0;
     if (wanted && table.matrix_unit.multiply && has_matrix_unit()) {

@@ -110,10 +110,11 @@ Params forward_params(const CpuInputs& in, const SequenceShape& shape, const Ten
 void forward_one_step(const CpuInputs& in, void* const* states, void* const* last,
                       const Tensor& saved) {
   const auto x_gates = in.gates(in.x_rows(), in.w_ih);
-  const auto h_gates = in.from_zero ? Tensor() : in.hidden_gates();
+  OptionalTensor h_gates;
+  if (!in.from_zero) h_gates = in.hidden_gates();
   auto p = forward_params<StepParams>(in, in.shape, saved);
   p.x_gates = x_gates.const_data_ptr();
-  p.h_gates = in.from_zero ? nullptr : h_gates.const_data_ptr();
+  p.h_gates = data_or_null(h_gates);
   for (int k = 0; k < in.states; ++k) p.states[k] = states[k], p.last[k] = last[k];
   in.cell.step(p, in.threads);
 }
