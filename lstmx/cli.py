@@ -127,6 +127,7 @@ def chapter(
     backend: Annotated[
         str, typer.Option(help="Recurrent layers: lstmx, torch, reference, cells or plain.")
     ] = "lstmx",
+    accelerator: Annotated[str, typer.Option(help="cpu, gpu or auto.")] = "cpu",
     threads: Threads = 1,
     json: JsonFile = None,
     plot: Annotated[
@@ -161,7 +162,12 @@ def chapter(
     console = Console(highlight=False)
     with report.progress_bar(console=console) as progress:
         results, continued = experiments.train_all(
-            names, seeds, backend=backend, progress=progress, checkpoint=checkpoint
+            names,
+            seeds,
+            backend=backend,
+            accelerator=accelerator,
+            progress=progress,
+            checkpoint=checkpoint,
         )
     console.print(report.chapter_table(results))
     for name, text in continued.items():

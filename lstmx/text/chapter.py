@@ -206,6 +206,7 @@ def train(
     seed: int,
     *,
     backend: str = "lstmx",
+    accelerator: str = "cpu",
     checkpoint: Path | None = None,
     epochs: int | None = None,
     callbacks: Sequence[pl.Callback] = (),
@@ -216,6 +217,7 @@ def train(
         name: key of :data:`EXPERIMENTS`.
         seed: of torch's generator.
         backend: name of :data:`lstmx.text.models.BACKENDS`.
+        accelerator: Lightning's: "auto", "cpu" or "gpu".
         checkpoint: directory for ``NAME-seedN.ckpt``.
         epochs: in place of the recipe's.
         callbacks: more of them for Lightning.
@@ -233,7 +235,7 @@ def train(
     with _quiet_lightning():
         trainer = pl.Trainer(
             max_epochs=epochs or experiment.recipe.epochs,
-            accelerator="cpu",
+            accelerator=accelerator,
             callbacks=[ModelResetter(), history, *callbacks],
             logger=False,
             enable_checkpointing=False,
@@ -260,6 +262,7 @@ def train_all(
     seeds: int,
     *,
     backend: str = "lstmx",
+    accelerator: str = "cpu",
     progress: Progress,
     checkpoint: Path | None = None,
 ) -> tuple[Results, dict[str, str]]:
@@ -275,7 +278,14 @@ def train_all(
         bar = _Bar(progress, name, seeds)
         results[name] = []
         for seed in range(seeds):
-            run, model = train(name, seed, backend=backend, checkpoint=checkpoint, callbacks=[bar])
+            run, model = train(
+                name,
+                seed,
+                backend=backend,
+                accelerator=accelerator,
+                checkpoint=checkpoint,
+                callbacks=[bar],
+            )
             results[name].append(run)
         if find(name).batches is _sequences:
             continued[name] = continue_text(model, PROMPT, 24)
