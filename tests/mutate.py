@@ -86,15 +86,16 @@ CPP = [
     Mutation(PRODUCT, "const int64_t to = rotated(row, p_.c_rotation, p_.m);", "const int64_t to = row;"),
     Mutation(PRODUCT, "rotated(k, p_.b_rotation, p_.k) * p_.b_row", "k * p_.b_row"),
     Mutation(PRODUCT, "t.c_turned = true;", "t.c_turned = false;"),
-    Mutation(STEP, "dnext[0] += ref<V>(p.product, row * Hp + unit)", "dnext[0] += V(0)"),
+    Mutation(STEP, "dnext[0] += ref<V>(p.product, ", "dnext[0] += V(0) * ref<V>(p.product, "),
     Mutation(STEP, "ref<V>(p.carry[0], inner) = dnext[0];", ""),
     Mutation(STEP, "ref<V>(p.carry[k], inner) = dprev[k]", "ref<V>(p.carry[k], inner) = dnext[k]"),
     Mutation(STEP, "row < p.previous_rows ?", "row <= p.previous_rows ?"),
     Mutation(STEP, "narrow(weight * factor,", "narrow(weight,"),
-    Mutation(STEP, "padded_place(p, element)) * factor", "padded_place(p, element))"),
-    Mutation(STEP, "(gate + p.rotation) % p.gates", "gate"),
+    Mutation(STEP, "wide * Kp + column) * factor", "wide * Kp + column)"),
+    Mutation(STEP, "(row / p.hidden + p.rotation) % p.gates", "row / p.hidden"),
+    Mutation(STEP, "(wide / Hp + p.gates - p.rotation) % p.gates", "wide / Hp"),
+    Mutation(STEP, "narrow(V(0), ref<Storage>(p.to, wide * Kp + k));", ""),
     Mutation(STEP, "sync_block();\n  if (warp_index()", "if (warp_index()"),
-    Mutation("cuda/tf32_product.cu", "cp_async_wait<1>();\n    sync_block();", "cp_async_wait<1>();"),
 ]
 BINDING = [
     Mutation(TORCH, "if (i + 1 == chunks_) more.dropout", "if (i == 0) more.dropout"),
@@ -117,6 +118,7 @@ BINDING = [
     Mutation(CUDA, "in.prepare(in.w_ih, in.input_rotation)", "in.prepare(in.w_ih, 0)"),
     Mutation(CUDA, "in.finish(grad, in.I, in.input_rotation)", "in.finish(grad, in.I, 0)"),
     Mutation(CUDA, "in.previous(1, c)", "in.previous(1, y)"),
+    Mutation(CUDA, "step.b_next = in.Hp * in.Hp", "step.b_next = 0"),
     Mutation("cuda/kernels.h", "kPad = 16", "kPad = 1"),
     Mutation("torch/composite.cpp", "kept.to(dtype).mul(p < 1 ? 1 / (1 - p) : 0.0)", "kept.to(dtype)"),
 ]

@@ -37,14 +37,15 @@ struct ForwardStepParams {
 // The cell's gradient. Rows below `product_rows` were active in the step after this one and get
 // what W_hh sends back from it; of these, rows from `rows` on have no step here and end.
 struct BackwardStepParams {
-  int64_t rows, product_rows, hidden;
+  int64_t rows, product_rows, hidden, batch;
   int64_t previous_rows;             // rows from here on begin at this step
   const void* saved;                 // [rows, kSaved, H] storage
   const void* states[kMaxStates];    // [rows, H] storage: y, c of this step
   const void* previous[kMaxStates];  // [previous_rows, H] storage: y, c of the step before
   const void* initial[kMaxStates];   // [B, H] storage
   const void* dstates[kMaxStates];   // [rows, H] storage: gradients of y, c; may be null
-  const void* product;               // [product_rows, Hp] compute: dgates W_hh of the step after
+  const void* product;               // [G, B, Hp] compute: each gate's part of what W_hh sends
+                                     // back from the step after, dgates W_hh
   void* carry[kMaxStates];           // [B, H] compute: the states' gradients, changed in place
   void* dgates;                      // [rows, kGrads, Hp] storage
 };
@@ -56,7 +57,7 @@ struct CellKernels {
 
 // ---- Weights -----------------------------------------------------------------------------------
 
-// prepare: storage [G, H, K] -> storage [G, Hp, Kp], whose padding the caller has zeroed.
+// prepare: storage [G, H, K] -> storage [G, Hp, Kp], with zeros in the padding.
 // finish: compute [G, Hp, Kp] -> storage [G, H, K]. Gate g lies at (g + rotation) % G of the padded
 // side. The mask of a [G*H, K] matrix is applied on the way, if there is one.
 struct WeightParams {
@@ -89,22 +90,6 @@ struct DTypeKernels {
   cudaError_t (*mask)(const MaskParams&, cudaStream_t);
   cudaError_t (*sum_rows)(const SumRowsParams&, cudaStream_t);
 };
-
-// ---- float32 products in TF32
-// --------------------------------------------------------------------
-
-// c [m, n] = a [m, k] b [k, n]. Of each of a and b one stride is 1; the other, the extent along the
-// stride of 1, and c's row stride are multiples of 4.
-struct Tf32ProductParams {
-  int64_t m, n, k;
-  const float* a;
-  int64_t a_row, a_column;
-  const float* b;
-  int64_t b_row, b_column;
-  float* c;
-  int64_t c_row;
-};
-cudaError_t tf32_product(const Tf32ProductParams&, cudaStream_t);
 
 // What the kernels were compiled for, as nvcc counts: "800,900".
 const char* architectures();

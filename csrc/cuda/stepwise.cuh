@@ -83,7 +83,11 @@ backward_step_kernel(BackwardStepParams p) {
       const int64_t inner = row * H + unit;
       V dnext[kStates];
       LSTMX_UNROLL for (int k = 0; k < kStates; ++k) dnext[k] = ref<V>(p.carry[k], inner);
-      if (row < p.product_rows) dnext[0] += ref<V>(p.product, row * Hp + unit);
+      if (row < p.product_rows) {
+        LSTMX_UNROLL for (int g = 0; g < Cell::kGates; ++g) {
+          dnext[0] += ref<V>(p.product, (g * p.batch + row) * Hp + unit);
+        }
+      }
       if (row >= p.rows) {
         ref<V>(p.carry[0], inner) = dnext[0];
         continue;
@@ -124,81 +128,114 @@ cudaError_t backward_step(const BackwardStepParams& p, cudaStream_t stream) {
 // ---- Weights -----------------------------------------------------------------------------------
 
 // Elements are handled four at a time, as one Philox block covers them.
-inline constexpr int kQuad = 4, kWeightThreads = 256;
-inline LaunchSize weight_size(int64_t elements) {
-  constexpr int64_t kEnoughBlocks = 4096;
-  const int64_t blocks = divide_up(divide_up(elements, kQuad), kWeightThreads);
-  return {static_cast<unsigned>(std::min(blocks, kEnoughBlocks)), 1, kWeightThreads};
+inline constexpr int kQuad = 4, kWeightThreads = 128;
+// Blocks of a column share out the rows, blocks of a row its quads.
+inline LaunchSize weight_size(int64_t rows, int64_t columns) {
+  constexpr int64_t kMaxGridX = 1024, kMaxGridY = 65535;
+  const int64_t quads = divide_up(columns, kQuad) + 1;  // a row may begin and end within one
+  return {static_cast<unsigned>(std::min(divide_up(quads, kWeightThreads), kMaxGridX)),
+          static_cast<unsigned>(std::min(rows, kMaxGridY)), kWeightThreads};
 }
+LSTMX_DEVICE int64_t weight_thread() {
+  return int64_t{block_x()} * kWeightThreads + thread_index();
+}
+LSTMX_DEVICE int64_t weight_threads() { return int64_t{grid_x()} * kWeightThreads; }
 
-// Calls body(element, factor) for each of `count` elements of a matrix, counted row by row.
-template <class V, class Body>
-LSTMX_DEVICE void for_each_element(int64_t count, const WeightDropout& dropout, Body body) {
-  const bool masked = dropout.seed != nullptr;
-  const MaskRule rule = masked ? MaskRule::make(*dropout.seed, dropout.p) : MaskRule{};
-  const int64_t stride = int64_t{grid_x()} * kWeightThreads;
-  for (int64_t quad = int64_t{block_x()} * kWeightThreads + thread_index(); quad * kQuad < count;
-       quad += stride) {
-    auto block = philox_counter(static_cast<uint64_t>(quad));
-    if (masked) philox4x32_10(block, rule.seed);
-    LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
-      const int64_t element = quad * kQuad + i;
-      if (element >= count) break;
-      const bool kept = !masked || rule.keeps(block.word[i]);
-      body(element, kept ? V(rule.scale) : V(0));
+// The mask of a matrix whose elements are counted row by row.
+template <class V>
+class RowMask {
+ public:
+  LSTMX_DEVICE explicit RowMask(const WeightDropout& dropout)
+      : masked_(dropout.seed != nullptr),
+        rule_(masked_ ? MaskRule::make(*dropout.seed, dropout.p) : MaskRule{}) {}
+
+  // Calls body(column, factor) for this thread's elements of a row.
+  template <class Body>
+  LSTMX_DEVICE void for_each(int64_t row, int64_t columns, Body body) const {
+    const int64_t begin = row * columns, end = begin + columns;
+    for (int64_t quad = begin / kQuad + weight_thread(); quad * kQuad < end;
+         quad += weight_threads()) {
+      auto block = philox_counter(static_cast<uint64_t>(quad));
+      if (masked_) philox4x32_10(block, rule_.seed);
+      LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
+        const int64_t element = quad * kQuad + i;
+        if (element < begin || element >= end) continue;
+        const bool kept = !masked_ || rule_.keeps(block.word[i]);
+        body(element - begin, kept ? V(rule_.scale) : V(0));
+      }
     }
   }
-}
 
-// Where element e of [G, H, K] lies in [G, Hp, Kp].
-LSTMX_DEVICE int64_t padded_place(const WeightParams& p, int64_t element) {
-  const int64_t row = element / p.columns, gate = row / p.hidden;
-  const int64_t place = (gate + p.rotation) % p.gates;
-  return (place * padded(p.hidden) + row % p.hidden) * padded(p.columns) + element % p.columns;
+ private:
+  bool masked_;
+  MaskRule rule_;
+};
+
+// Row `row` of [G*H, K] lies in row padded_row() of [G*Hp, Kp].
+LSTMX_DEVICE int64_t padded_row(const WeightParams& p, int64_t row) {
+  const int64_t place = (row / p.hidden + p.rotation) % p.gates;
+  return place * padded(p.hidden) + row % p.hidden;
 }
 
 template <class Storage>
 LSTMX_KERNEL(kWeightThreads)
 prepare_kernel(WeightParams p) {
   using V = ComputeOf<Storage>;
-  for_each_element<V>(p.gates * p.hidden * p.columns, p.dropout, [&](int64_t element, V factor) {
-    const V weight = widen(ref<Storage>(p.from, element));
-    narrow(weight * factor, ref<Storage>(p.to, padded_place(p, element)));
-  });
+  const int64_t Hp = padded(p.hidden), K = p.columns, Kp = padded(K);
+  const RowMask<V> mask(p.dropout);
+  for (int64_t wide = block_y(); wide < p.gates * Hp; wide += grid_y()) {
+    const int64_t gate = (wide / Hp + p.gates - p.rotation) % p.gates, unit = wide % Hp;
+    const bool exists = unit < p.hidden;
+    if (exists) {
+      const int64_t row = gate * p.hidden + unit;
+      mask.for_each(row, K, [&](int64_t column, V factor) {
+        const V weight = widen(ref<Storage>(p.from, row * K + column));
+        narrow(weight * factor, ref<Storage>(p.to, wide * Kp + column));
+      });
+    }
+    for (int64_t k = (exists ? K : 0) + weight_thread(); k < Kp; k += weight_threads()) {
+      narrow(V(0), ref<Storage>(p.to, wide * Kp + k));
+    }
+  }
 }
 
 template <class Storage>
 LSTMX_KERNEL(kWeightThreads)
 finish_kernel(WeightParams p) {
   using V = ComputeOf<Storage>;
-  for_each_element<V>(p.gates * p.hidden * p.columns, p.dropout, [&](int64_t element, V factor) {
-    narrow(ref<V>(p.from, padded_place(p, element)) * factor, ref<Storage>(p.to, element));
-  });
+  const int64_t K = p.columns, Kp = padded(K);
+  const RowMask<V> mask(p.dropout);
+  for (int64_t row = block_y(); row < p.gates * p.hidden; row += grid_y()) {
+    const int64_t wide = padded_row(p, row);
+    mask.for_each(row, K, [&](int64_t column, V factor) {
+      narrow(ref<V>(p.from, wide * Kp + column) * factor, ref<Storage>(p.to, row * K + column));
+    });
+  }
 }
 
 template <class V>
 LSTMX_KERNEL(kWeightThreads)
 mask_kernel(MaskParams p) {
-  for_each_element<V>(p.count, p.dropout,
-                      [&](int64_t element, V factor) { ref<V>(p.out, element) = factor; });
+  const RowMask<V> mask(p.dropout);
+  mask.for_each(0, p.count, [&](int64_t element, V factor) { ref<V>(p.out, element) = factor; });
 }
 
 template <class Storage>
 cudaError_t prepare(const WeightParams& p, cudaStream_t stream) {
-  const int64_t count = p.gates * p.hidden * p.columns;
-  if (count == 0) return cudaSuccess;
-  return launch(prepare_kernel<Storage>, weight_size(count), stream, p);
+  if (p.gates * p.hidden == 0 || p.columns == 0) return cudaSuccess;
+  const LaunchSize size = weight_size(p.gates * padded(p.hidden), p.columns);
+  return launch(prepare_kernel<Storage>, size, stream, p);
 }
 template <class Storage>
 cudaError_t finish(const WeightParams& p, cudaStream_t stream) {
-  const int64_t count = p.gates * p.hidden * p.columns;
-  if (count == 0) return cudaSuccess;
-  return launch(finish_kernel<Storage>, weight_size(count), stream, p);
+  if (p.gates * p.hidden == 0 || p.columns == 0) return cudaSuccess;
+  const LaunchSize size = weight_size(p.gates * p.hidden, p.columns);
+  return launch(finish_kernel<Storage>, size, stream, p);
 }
 template <class Storage>
 cudaError_t mask(const MaskParams& p, cudaStream_t stream) {
   if (p.count == 0) return cudaSuccess;
-  return launch(mask_kernel<ComputeOf<Storage>>, weight_size(p.count), stream, p);
+  return launch(mask_kernel<ComputeOf<Storage>>, weight_size(1, p.count), stream, p);
 }
 
 // ---- Sums of columns

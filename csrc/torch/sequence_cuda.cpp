@@ -1,4 +1,4 @@
-// The sequence on a CUDA device, step by step: a product by ATen and a kernel of csrc/cuda for each
+// The sequence on a CUDA device, step by step: a product by cuBLAS and a kernel of csrc/cuda for each
 // step, everything that concerns all steps at once by one product. Nothing here waits for the
 // device or allocates other than through torch, so a CUDA graph can capture all of it.
 #include <ATen/ATen.h>
@@ -8,6 +8,7 @@
 
 #include "../cuda/kernels.h"
 #include "../walk.h"
+#include "blas.h"
 #include "inputs.h"
 #include "ops.h"
 
@@ -45,37 +46,29 @@ struct CudaInputs : Inputs {
         Hp(padded(H)),
         Ip(padded(I)),
         // As torch's own recurrent nets, whatever the flag of other products says.
-        tf32(dtype == DType::kFloat32 && at::globalContext().allowTF32CuDNN(at::Float32Op::RNN)),
+        blas(dtype, dtype == DType::kFloat32 &&
+                        at::globalContext().allowTF32CuDNN(at::Float32Op::RNN)),
         cell(cuda::cell_kernels(kind, dtype)),
         kernels(cuda::dtype_kernels(dtype)) {}
 
   void check(cudaError_t error) const { check_launch(error, x.device()); }
 
   // out = a b; out is storage or compute.
+  Product product_of(const Tensor& a, const Tensor& b, const Tensor& out) const {
+    for (const auto* t : {&a, &b, &out}) check_aligned(*t);
+    Product p{a.size(0), b.size(1), a.size(1)};
+    p.a = a.const_data_ptr(), p.a_row = a.stride(0), p.a_column = a.stride(1);
+    p.b = b.const_data_ptr(), p.b_row = b.stride(0), p.b_column = b.stride(1);
+    p.c = out.mutable_data_ptr(), p.c_row = out.stride(0);
+    p.narrow = out.scalar_type() != compute;
+    return p;
+  }
   void product(const Tensor& a, const Tensor& b, Tensor out) const {
-    for (const auto* t : {&a, &b, &std::as_const(out)}) check_aligned(*t);
-    if (tf32) {
-      check(cuda::tf32_product({a.size(0), b.size(1), a.size(1), a.const_data_ptr<float>(),
-                                a.stride(0), a.stride(1), b.const_data_ptr<float>(), b.stride(0),
-                                b.stride(1), out.mutable_data_ptr<float>(), out.stride(0)},
-                               stream));
-      return;
-    }
-    const at::NoTF32Guard exact;
-    if (out.scalar_type() == a.scalar_type()) {
-      at::mm_out(out, a, b);
+    if (a.size(1) == 0) {
+      out.zero_();
     } else {
-      at::mm_out(out, a, b, out.scalar_type());
+      blas.multiply(product_of(a, b, out));
     }
-  }
-
-  // [rows, count] with its rows padded by zeros.
-  Tensor pad(const Tensor& t, int64_t to) const {
-    return t.size(1) == to ? t : at::constant_pad_nd(t, {0, to - t.size(1)});
-  }
-  // And back.
-  Tensor unpad(const Tensor& t, int64_t to) const {
-    return t.size(1) == to ? t : t.narrow(1, 0, to).contiguous();
   }
 
   cuda::WeightParams weight_params(int64_t columns, int64_t rotation,
@@ -87,11 +80,25 @@ struct CudaInputs : Inputs {
     const int64_t K = weight.size(1), Kp = padded(K);
     const auto from = weight.contiguous();
     if (H == Hp && K == Kp && rotation == 0 && !mask.seed && is_aligned(from)) return from;
-    auto to = at::zeros({G * Hp, Kp}, weight.options());
+    auto to = empty({G * Hp, Kp});
     auto p = weight_params(K, rotation, mask);
     p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
     check(kernels.prepare(p, stream));
     return to;
+  }
+  // [rows, K] -> [rows, Kp]: an operand, whose rows may begin anywhere.
+  Tensor pad(const Tensor& t) const {
+    const int64_t rows = t.size(0), K = t.size(1), Kp = padded(K);
+    const auto from = t.contiguous();
+    if (K == Kp && is_aligned(from)) return from;
+    auto to = empty({padded(rows), Kp});
+    check(kernels.prepare({1, rows, K, 0, {}, from.const_data_ptr(), to.mutable_data_ptr()},
+                          stream));
+    return to.narrow(0, 0, rows);
+  }
+  // And back.
+  Tensor unpad(const Tensor& t, int64_t to) const {
+    return t.size(1) == to ? t : t.narrow(1, 0, to).contiguous();
   }
   // [G*Hp, Kp] compute -> [G*H, K] storage, masked.
   Tensor finish(const Tensor& grad, int64_t columns, int64_t rotation,
@@ -105,11 +112,6 @@ struct CudaInputs : Inputs {
   static bool is_aligned(const Tensor& t) {
     return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   }
-  // x as an operand: an input may begin anywhere.
-  Tensor x_operand() const {
-    const auto rows = pad(x_rows(), Ip);
-    return is_aligned(rows) ? rows : rows.clone();
-  }
   // [N, G*Hp] compute: x W_ih^T.
   Tensor x_gates(const Tensor& rows) const {
     auto gates = empty_compute({N, G * Hp});
@@ -120,7 +122,7 @@ struct CudaInputs : Inputs {
   c10::cuda::CUDAGuard guard;
   cudaStream_t stream;
   int64_t I, Hp, Ip;
-  bool tf32;
+  Blas blas;
   const cuda::CellKernels& cell;
   const cuda::DTypeKernels& kernels;
 };
@@ -142,7 +144,7 @@ ForwardResult sequence_forward_cuda(const SequenceArgs& args, bool save_gates, b
                            keep_c ? in.empty(in.output_size()) : Tensor()};
   const auto saved = save_gates ? in.empty({in.N, in.saved, in.H}) : Tensor();
 
-  const auto x_gates = in.x_gates(in.x_operand());
+  const auto x_gates = in.x_gates(in.pad(in.x_rows()));
   const auto w_hh_t = in.prepare(in.w_hh, 0, in.dropout).t();
   const auto h_gates = in.empty_compute({in.B, in.G * in.Hp});
   // States in the making; the product reads h, and the kernel after it writes the next one there.
@@ -153,9 +155,11 @@ ForwardResult sequence_forward_cuda(const SequenceArgs& args, bool save_gates, b
     carried[k] = in.initial[k].to(in.compute, /*non_blocking=*/false, /*copy=*/true);
   }
 
+  auto step = in.product_of(h, w_hh_t, h_gates);
   Walk walk(in.shape, /*backward=*/false);
   while (walk.advance()) {
-    in.product(h.narrow(0, 0, walk.rows), w_hh_t, h_gates.narrow(0, 0, walk.rows));
+    step.m = walk.rows;
+    in.blas.multiply(step);
     cuda::ForwardStepParams p{};
     p.rows = walk.rows, p.hidden = in.H;
     p.x_gates = row_of(x_gates, walk.offset, in.G * in.Hp);
@@ -204,8 +208,8 @@ BackwardResult sequence_backward_cuda(const SequenceArgs& args, const OutputGrad
   const auto y = y_.contiguous(), c = c_.contiguous();
   const bool recompute = saved_.numel() == 0 && in.N > 0;
   Tensor h_prev, x_operand;
-  if (recompute || need_w_hh) h_prev = in.pad(in.previous(0, y), in.Hp);
-  if (recompute || need_w_ih) x_operand = in.x_operand();
+  if (recompute || need_w_hh) h_prev = in.pad(in.previous(0, y));
+  if (recompute || need_w_ih) x_operand = in.pad(in.x_rows());
   const auto saved = recompute ? recompute_gates(in, x_operand, h_prev, c) : saved_.contiguous();
 
   const auto w_hh = in.prepare(in.w_hh, 0, in.dropout);
@@ -213,7 +217,13 @@ BackwardResult sequence_backward_cuda(const SequenceArgs& args, const OutputGrad
   const auto part = [&](int64_t first, int64_t offset, int64_t rows) {
     return dgates.narrow(0, offset, rows).narrow(1, first * in.Hp, in.G * in.Hp);
   };
-  const auto product = in.empty_compute({in.B, in.Hp});
+  // A product for each gate, summed by the kernel after it: one of all gates has too few results to
+  // fill the device, and too many terms in each.
+  const auto sent_back = in.empty_compute({in.G, in.B, in.Hp});
+  auto step = in.product_of(part(in.hidden_grads, 0, in.N).narrow(1, 0, in.Hp),
+                            w_hh.narrow(0, 0, in.Hp), sent_back[0]);
+  step.count = in.G, step.a_next = in.Hp, step.b_next = in.Hp * in.Hp;
+  step.c_next = in.B * in.Hp;
   const Tensor states[] = {y, c};
   const OptionalTensor dstates[] = {contiguous(grads[0]), contiguous(grads[3])};
   const OptionalTensor dlast[] = {grads[1], grads[2]};
@@ -227,7 +237,7 @@ BackwardResult sequence_backward_cuda(const SequenceArgs& args, const OutputGrad
   for (bool more = true; more;) {
     more = walk.advance();
     cuda::BackwardStepParams p{};
-    p.rows = walk.rows, p.product_rows = walk.previous_rows, p.hidden = in.H;
+    p.rows = walk.rows, p.product_rows = walk.previous_rows, p.hidden = in.H, p.batch = in.B;
     // Backward comes to the step before in time only next.
     p.previous_rows = std::min(walk.rows, walk.next_rows);
     for (int k = 0; k < in.states; ++k) {
@@ -238,12 +248,13 @@ BackwardResult sequence_backward_cuda(const SequenceArgs& args, const OutputGrad
       p.carry[k] = carry[k].mutable_data_ptr();
     }
     p.saved = row_of(OptionalTensor(saved), walk.offset, in.saved * in.H);
-    p.product = product.const_data_ptr();
+    p.product = sent_back.const_data_ptr();
     p.dgates = row_of(dgates, walk.offset, in.grads * in.Hp);
     in.check(in.cell.backward_step(p, in.stream));
     if (more) {
-      in.product(part(in.hidden_grads, walk.offset, walk.rows), w_hh,
-                 product.narrow(0, 0, walk.rows));
+      step.m = walk.rows;
+      step.a = row_of(dgates, walk.offset * in.grads + in.hidden_grads, in.Hp);
+      in.blas.multiply(step);
     }
   }
 

@@ -1,3 +1,2 @@
 // All device code, compiled as C++ for the emulator.
 #include "cuda/stepwise.cu"
-#include "cuda/tf32_product.cu"

@@ -13,13 +13,35 @@
 #include "torch/library.cpp"
 #include "torch/sequence_cuda.cpp"
 
-namespace {
+namespace lstmx {
 
-// On CUDA a product of 16-bit factors can come out in float32.
-at::Tensor& mm_out(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
-                   at::Tensor& out) {
-  return out.copy_(at::mm(a.to(dtype), b.to(dtype)));
+// In the place of cuBLAS.
+Blas::Blas(DType dtype, bool tf32) : dtype_(dtype), tf32_(tf32), handle_(nullptr) {}
+
+void Blas::multiply(const Product& p) const {
+  constexpr at::ScalarType types[kDTypes] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
+  const auto type = types[static_cast<int>(dtype_)];
+  const auto compute = dtype_ == DType::kFloat64 ? at::kDouble : at::kFloat;
+  const auto matrices = [&](const void* data, int64_t rows, int64_t columns, at::IntArrayRef strides,
+                            at::ScalarType dtype) {
+    return at::from_blob(const_cast<void*>(data), {p.count, rows, columns}, strides,
+                         at::TensorOptions(dtype));
+  };
+  const auto factor = [&](const at::Tensor& t) {
+    const auto wide = t.to(compute);
+    if (!tf32_) return wide;
+    constexpr int64_t half = 0x1000, kept = 0xFFFFE000;
+    return wide.view(at::kInt).add(half).bitwise_and(static_cast<int32_t>(kept)).view(at::kFloat);
+  };
+  const auto a = matrices(p.a, p.m, p.k, {p.a_next, p.a_row, p.a_column}, type);
+  const auto b = matrices(p.b, p.k, p.n, {p.b_next, p.b_row, p.b_column}, type);
+  auto c = matrices(p.c, p.m, p.n, {p.c_next, p.c_row, 1}, p.narrow ? type : compute);
+  c.copy_(at::bmm(factor(a), factor(b)));
 }
+
+}  // namespace lstmx
+
+namespace {
 
 // The next launch returns this cudaError_t.
 void fail_next_launch(int64_t error) { emulator::injected_error = static_cast<cudaError_t>(error); }
@@ -32,8 +54,6 @@ void set_order(int64_t order, int64_t seed) {
 }
 
 }  // namespace
-
-TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("mm.dtype_out", mm_out); }
 
 TORCH_LIBRARY_FRAGMENT(lstmx_emulated, m) {
   m.def("fail_next_launch(int error) -> ()", fail_next_launch);

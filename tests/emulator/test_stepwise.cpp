@@ -29,11 +29,6 @@ void product(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t b_col
   }
 }
 
-template <class T>
-Buffer<T> zeros(int64_t count) {
-  return Buffer<T>(Values(static_cast<size_t>(count)));
-}
-
 // The same rows with `to` columns in place of `from`: cut, or filled up with zeros.
 Values with_columns(const Values& values, int64_t from, int64_t to) {
   const int64_t rows = int64_t(values.size()) / from;
@@ -59,7 +54,7 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q) {
   const SequenceShape shape = {q.T(), B, H, q.packed ? q.batch_sizes.data() : nullptr, q.reverse};
 
   const Buffer<Storage> w_dense(a.w_hh), b_ih(a.b_ih), b_hh(a.b_hh);
-  const auto w_hh = zeros<Storage>(G * Hp * Hp);
+  const Buffer<Storage> w_hh(G * Hp * Hp);
   cuda::WeightParams weight{G, H, H, 0, {q.p > 0 ? &kSeed : nullptr, q.p}, nullptr, nullptr};
   weight.from = w_dense.data.get(), weight.to = w_hh.data.get();
   succeed(kernels.prepare(weight, nullptr));
@@ -89,14 +84,14 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q) {
   }
 
   const auto dgates = Buffer<Storage>(N * D * Hp);
-  const Buffer<T> sent(B * Hp);
+  const Buffer<T> sent(G * B * Hp);
   std::vector<Buffer<T>> carry;
   for (int k = 0; k < S; ++k) carry.emplace_back(a.dlast[k]);
   Walk back(shape, /*backward=*/true);
   for (bool more = true; more;) {
     more = back.advance();
     cuda::BackwardStepParams p{};
-    p.rows = back.rows, p.product_rows = back.previous_rows, p.hidden = H;
+    p.rows = back.rows, p.product_rows = back.previous_rows, p.hidden = H, p.batch = B;
     p.previous_rows = std::min(back.rows, back.next_rows);
     for (int k = 0; k < S; ++k) {
       p.states[k] = states[k].data.get() + back.offset * H;
@@ -110,8 +105,11 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q) {
     p.dgates = dgates.data.get() + back.offset * D * Hp;
     succeed(cell.backward_step(p, nullptr));
     if (more) {
-      product(dgates.data.get() + back.offset * D * Hp + Cell::kHiddenGrads * Hp, D * Hp,
-              w_hh.data.get(), Hp, 1, back.rows, Hp, G * Hp, sent.data.get(), Hp);
+      for (int g = 0; g < G; ++g) {
+        product(dgates.data.get() + (back.offset * D + Cell::kHiddenGrads + g) * Hp, D * Hp,
+                w_hh.data.get() + g * Hp * Hp, Hp, 1, back.rows, Hp, Hp,
+                sent.data.get() + g * B * Hp, Hp);
+      }
     }
   }
   const Buffer<T> partial(cuda::kSumChunks * D * Hp), sums(D * Hp);
@@ -161,7 +159,7 @@ TEST(weights) {
   constexpr int64_t G = 3, H = 5, K = 7;
   const Values weight = normal_values(G * H * K);
   const Buffer<float> dense(weight), back(G * H * K), mask(G * H * K);
-  const auto wide = zeros<float>(G * padded(H) * padded(K));
+  const Buffer<float> wide(G * padded(H) * padded(K));
   const WeightDropout dropout = {&kSeed, 0.4};
   const auto& kernels = cuda::dtype_kernels(DType::kFloat32);
   in_every_order([&] {
@@ -186,47 +184,6 @@ TEST(weights) {
   for (int64_t e = 0; e < dense.size; ++e) sum += std::fabs(dense.data[e]);
   for (int64_t e = 0; e < wide.size; ++e) sum_wide += std::fabs(wide.data[e]);
   CHECK_NEAR(sum, sum_wide, 1e-9);
-}
-
-// Every layout of the operands; sizes below, at and beyond a tile.
-TEST(tf32_product) {
-  struct Size {
-    int64_t m, n, k;
-  };
-  for (const auto [m, n, k] :
-       {Size{16, 16, 16}, Size{80, 48, 96}, Size{4, 132, 36}, Size{8, 8, 0}}) {
-    for (const int layout : {0, 1, 2, 3}) {
-      const Values a = normal_values(m * k), b = normal_values(k * n);
-      const Buffer<float> a_data(a), b_data(b), c(m * n);
-      const bool a_turned = layout & 1, b_turned = layout & 2;
-      const cuda::Tf32ProductParams p = {m,
-                                         n,
-                                         k,
-                                         a_data.data.get(),
-                                         a_turned ? 1 : k,
-                                         a_turned ? m : 1,
-                                         b_data.data.get(),
-                                         b_turned ? 1 : n,
-                                         b_turned ? k : 1,
-                                         c.data.get(),
-                                         n};
-      Values expected(m * n);
-      for (int64_t i = 0; i < m; ++i) {
-        for (int64_t j = 0; j < n; ++j) {
-          for (int64_t l = 0; l < k; ++l) {
-            expected[i * n + j] +=
-                a[i * p.a_row + l * p.a_column] * b[l * p.b_row + j * p.b_column];
-          }
-        }
-      }
-      in_every_order([&] {
-        std::fill_n(c.data.get(), c.size, NAN);
-        succeed(cuda::tf32_product(p, nullptr));
-        CHECK(worst(c.values(), expected) < 2e-2);  // ten bits of each factor
-        CHECK(k == 0 || worst(c.values(), expected) > 1e-6);
-      });
-    }
-  }
 }
 
 TEST(a_failed_launch_is_told_and_the_next_one_works) {
