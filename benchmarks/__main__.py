@@ -14,21 +14,23 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import providers, report
-from benchmarks.harness import as_json, measure
+from benchmarks import report
+from benchmarks.harness import as_json, float32_precision, measure
 from benchmarks.memory import Meter
 from lstmx.environment import environment, write_json
-from tests.cases import BENCHMARK, CELLS, Case
+from tests.cases import BENCHMARKS, CELLS, Case
 
 MODES = ("forward", "training", "dropout", "carried")
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+# On a GPU float32 is exact, and tf32 the same tensors multiplied in TF32.
+DTYPES = ("float32", "float64", "bfloat16", "float16", "tf32")
+DEFAULT_PROVIDERS = ("torch", "lstmx", "lstmx+low", "reference")
 # Two of them may differ between the parts of a file: the code, and when it ran.
 SAME_MACHINE = ("torch", "python", "system", "processor", "cores", "instruction_set", "gpu")
 
 
-def _shapes(shape: list[str], cell: list[str]) -> list[Case]:
+def _shapes(shape: list[str], cell: list[str], device: str) -> list[Case]:
     if not shape:
-        return [case for case in BENCHMARK if case.cell in cell]
+        return [case for case in BENCHMARKS[device] if case.cell in cell]
     cases = []
     for text in shape:
         try:
@@ -78,9 +80,10 @@ def main(
     provider: Annotated[
         list[str],
         _list(
-            providers.NAMES,
+            DEFAULT_PROVIDERS,
             "The first is what the others are compared with; lstmx+low recomputes gates in "
-            "backward; on a GPU also torch+graph, ...: as a CUDA graph.",
+            "backward, torch+reassigned drops weights as fastai does; on a GPU also torch+graph, "
+            "...: as a CUDA graph.",
         ),
     ],
     threads: Annotated[list[int], _list([1, 2], "Threads.", min=1)],
@@ -105,6 +108,8 @@ def main(
     _checked("mode", mode, MODES)
     _checked("dtype", dtype, DTYPES)
     _checked("device", [device], ("cpu", "cuda"))
+    if device == "cpu" and "tf32" in dtype:
+        raise typer.BadParameter("dtype tf32 needs --device cuda")
     if resume and json is None:
         raise typer.BadParameter("resume needs a file to go on with: --json", param_hint="--resume")
     p = {"dropout": weight_dropout}
@@ -113,7 +118,7 @@ def main(
         for name in dtype
         for one_mode in mode
         for count in threads
-        for case in _shapes(shape, cell)
+        for case in _shapes(shape, cell, device)
     ]
     rows = {report.key(row): row for row in _stored(json)}
     console = Console()
@@ -125,6 +130,8 @@ def main(
             kind = "training" if one_mode == "dropout" else one_mode
             # Nothing is kept for backward there, one way or the other.
             able = [who for who in provider if kind != "forward" or "+low" not in who]
+            if case.weight_dropout == 0:  # there it would be torch a second time
+                able = [who for who in able if "+reassigned" not in who]
             job = (device, name, kind, case.weight_dropout, count)
             keys = [(*job, case.cell, case.T, case.B, case.I, case.H, who) for who in able]
             asked += keys
@@ -134,10 +141,11 @@ def main(
                 left_out += 1
                 continue
             torch.set_num_threads(count)
+            float32_precision("tf32" if name == "tf32" else "ieee")
             measured = measure(
                 case,
                 mode=kind,
-                dtype=getattr(torch, name),
+                dtype=torch.float32 if name == "tf32" else getattr(torch, name),
                 providers=able,
                 seconds=seconds,
                 device=device,
@@ -145,7 +153,8 @@ def main(
             )
             here = environment()
             for row in as_json(measured):
-                rows[report.key(row)] = row | {"commit": here["commit"], "date": here["date"]}
+                row |= {"dtype": name, "commit": here["commit"], "date": here["date"]}
+                rows[report.key(row)] = row
             if json is not None:  # as it goes: what is cut off leaves what it has
                 write_json({"environment": here, "measurements": list(rows.values())}, json)
     shown = [rows[one] for one in asked if one in rows]

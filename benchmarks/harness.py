@@ -37,6 +37,7 @@ class Measurement:
     Attributes:
         provider: a name of ``benchmarks.providers``; with "+graph", replayed as a CUDA graph.
         quartiles: first and third, of the times of the blocks.
+        p20, p80: percentiles of the same.
         ratio: median of the pairwise ratios first provider / this one; above 1 this one is faster.
         ratio_quartiles: first and third of those ratios.
         gflops: 10^9 multiply-adds, counted twice, of the matrix products, for each second.
@@ -58,6 +59,8 @@ class Measurement:
     provider: str
     median: float
     quartiles: tuple[float, float]
+    p20: float
+    p80: float
     ratio: float
     ratio_quartiles: tuple[float, float]
     gflops: float
@@ -67,6 +70,14 @@ class Measurement:
     device: str
     peak_bytes: int | None
     agrees: bool
+
+
+def float32_precision(name: str | None = None) -> str:
+    """Of products on a GPU, recurrent nets' and others: "ieee" or "tf32". Set if it is given."""
+    if name is not None:
+        torch.backends.cudnn.rnn.fp32_precision = name
+        torch.backends.cuda.matmul.fp32_precision = name
+    return torch.backends.cudnn.rnn.fp32_precision
 
 
 def products_flop(case: Case, mode: str) -> float:
@@ -187,7 +198,7 @@ def _agree(got: list[Tensor], expected: list[Tensor], case: Case) -> None:
     """Raises AssertionError unless they do."""
     dtype = got[0].dtype
     tolerance = getattr(tolerances, str(dtype).removeprefix("torch.").upper())
-    if got[0].is_cuda and dtype == torch.float32:  # unless a flag forbids it
+    if got[0].is_cuda and dtype == torch.float32 and float32_precision() == "tf32":
         tolerance = tolerances.TF32
     for a, b in zip(got, expected, strict=True):
         # The table's tolerances are for numbers near 1 and up to 33 steps; over more of them,
@@ -280,6 +291,7 @@ def measure(
     found = []
     for name in providers:
         low, median, high = _quartiles(times[name])
+        p20, *_, p80 = statistics.quantiles(times[name], n=5, method="inclusive")
         pairs = zip(times[providers[0]], times[name], strict=True)
         ratio_low, ratio, ratio_high = _quartiles([theirs / ours for theirs, ours in pairs])
         found.append(
@@ -296,6 +308,8 @@ def measure(
                 provider=name,
                 median=median,
                 quartiles=(low, high),
+                p20=p20,
+                p80=p80,
                 ratio=ratio,
                 ratio_quartiles=(ratio_low, ratio_high),
                 gflops=products_flop(case, mode) / median / 1e9,

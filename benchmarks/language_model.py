@@ -148,7 +148,8 @@ class Step:
 
     def _context(self) -> Any:
         mixed = self.precision == "bf16-mixed"
-        return torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
+        device = self.model.encoder.embedding.weight.device.type
+        return torch.autocast(device, torch.bfloat16) if mixed else nullcontext()
 
     def whole(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -176,21 +177,27 @@ class Step:
 
     def decoder(self, x: Tensor, y: Tensor) -> None:
         """Forward and backward of the decoder and the loss alone."""
-        dropped = torch.randn(*x.shape, self.model.config.embedding)
-        dropped = dropped.to(self.model.encoder.embedding.weight.dtype).requires_grad_()
+        weight = self.model.encoder.embedding.weight
+        dropped = torch.randn(*x.shape, self.model.config.embedding, device=weight.device)
+        dropped = dropped.to(weight.dtype).requires_grad_()
         with self._context():
             loss = self.model.loss(dropped, y)
         loss.backward()
 
 
-def _interleaved(calls: dict[Any, Callable[[], None]], count: int) -> dict[Any, list[float]]:
+def _interleaved(
+    calls: dict[Any, Callable[[], None]], count: int, device: str
+) -> dict[Any, list[float]]:
     """Seconds of each call, which take turns; the first round is not counted."""
     times: dict[Any, list[float]] = {key: [] for key in calls}
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for turn in range(count + 1):
         # Each goes first every other time.
         for key in sorted(calls, reverse=turn % 2 == 1):
+            wait()
             start = time.perf_counter()
             calls[key]()
+            wait()
             if turn > 0:
                 times[key].append(time.perf_counter() - start)
     return times
@@ -210,11 +217,19 @@ def _same_output(models: dict[str, AWDLSTMLanguageModel], x: Tensor) -> None:
             outputs.append(model(x))
         model.reset()
         model.train()
-    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    # On a GPU both multiply in TF32.
+    tolerance = 1e-2 if x.is_cuda else 1e-4
+    torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
 
 
 def _measure_speed(
-    config: AWDLSTMConfig, corpus: Any, batch_size: int, bptt: int, precision: str, steps: int
+    config: AWDLSTMConfig,
+    corpus: Any,
+    batch_size: int,
+    bptt: int,
+    precision: str,
+    steps: int,
+    device: str,
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     words = len(corpus.tokenizer)
@@ -222,7 +237,10 @@ def _measure_speed(
     models["torch"] = AWDLSTMLanguageModel(words, config)
     models["torch"].load_state_dict(models["lstmx"].state_dict())
     use_torch(models["torch"])
+    for model in models.values():
+        model.to(device)
     x, y = next(iter(StreamBatches(corpus.split("train"), batch_size, bptt)))
+    x, y = x.to(device), y.to(device)
     _same_output(models, x)
     step = {name: Step(model, precision) for name, model in models.items()}
     calls: dict[Any, Callable[[], None]] = {}
@@ -231,12 +249,13 @@ def _measure_speed(
         calls["layers", name] = partial(one.layers, x)
         calls["decoder", name] = partial(one.decoder, x, y)
         calls["optimiser", name] = one.optimise
-    times = _interleaved(calls, steps)
+    times = _interleaved(calls, steps, device)
 
     def ratio(part: str, name: str, of_part: str, of_name: str) -> list[float]:
         return [a / b for a, b in zip(times[part, name], times[of_part, of_name], strict=True)]
 
     result: dict[str, Any] = {
+        "device": device,
         "precision": precision,
         "threads": torch.get_num_threads(),
         "steps": steps,
@@ -279,6 +298,14 @@ def _speed_table(results: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("device cuda needs a GPU, and torch sees none")
+    return name
+
+
 def precisions_of_both() -> list[str]:
     """Under autocast torch's LSTM raises an error where oneDNN cannot multiply bfloat16."""
     mixed = ["bf16-mixed"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
@@ -297,6 +324,7 @@ def speed(
     ],
     threads: Annotated[list[int], typer.Option(default_factory=lambda: [1, 2])],
     steps: Annotated[int, typer.Option(min=2, help="Timed of each.")] = 9,
+    device: Annotated[str, typer.Option(callback=_device, help="cpu or cuda.")] = "cpu",
     work: Work = BUILD,
     tokens: Tokens = 0,
     vocabulary: Vocabulary = 10_000,
@@ -322,7 +350,7 @@ def speed(
         torch.set_num_threads(count)
         for name in precision:
             results.append(
-                _measure_speed(config.model.encoder, corpus, batch_size, bptt, name, steps)
+                _measure_speed(config.model.encoder, corpus, batch_size, bptt, name, steps, device)
             )
             console.print(_speed_table(results[-1:]))
     settings = {

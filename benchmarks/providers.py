@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 import lstmx
 from lstmx import reference
 
-NAMES = ("torch", "lstmx", "lstmx+low", "reference")
+NAMES = ("torch", "torch+reassigned", "lstmx", "lstmx+low", "reference")
 
 
 class DroppedWeight(nn.Module):
@@ -25,14 +26,37 @@ class DroppedWeight(nn.Module):
         super().__init__()
         self.module, self.p = module, p
 
+    def dropped(self, w_hh: Tensor) -> Tensor:
+        """W_hh as a call is to find it."""
+        if self.mask is None:
+            return nn.functional.dropout(w_hh, self.p, self.training)
+        return w_hh * self.mask
+
     def forward(self, x: Tensor, states: Any = None) -> Any:
         weights = dict(self.module.named_parameters())
-        w_hh = weights["weight_hh_l0"]
-        if self.mask is None:
-            weights["weight_hh_l0"] = nn.functional.dropout(w_hh, self.p, self.training)
-        else:
-            weights["weight_hh_l0"] = w_hh * self.mask
+        weights["weight_hh_l0"] = self.dropped(weights["weight_hh_l0"])
         return torch.func.functional_call(self.module, weights, (x, states))
+
+
+class ReassignedWeight(DroppedWeight):
+    """The same as fastai's ``WeightDropout`` does it: the module's weight is a new tensor in each
+    call, made of a parameter beside it."""
+
+    def __init__(self, module: nn.Module, p: float) -> None:
+        super().__init__(module, p)
+        self.raw = nn.Parameter(module.weight_hh_l0.data)
+        del module.weight_hh_l0
+        module.weight_hh_l0 = self.raw.clone()
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """In the order of the module's own."""
+        named = dict(self.module.named_parameters())
+        order = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        return iter([named.get(name, self.raw) for name in order])
+
+    def forward(self, x: Tensor, states: Any = None) -> Any:
+        self.module.weight_hh_l0 = self.dropped(self.raw)
+        return self.module(x, states)
 
 
 class _LowMemory:
@@ -60,6 +84,7 @@ def make(provider: str, cell: str, I: int, H: int, p: float, dtype: torch.dtype)
     name = cell.upper()
     classes: dict[str, dict[str, Any]] = {
         "torch": vars(nn),
+        "torch+reassigned": vars(nn),
         "lstmx": vars(lstmx),
         "lstmx+low": {"LSTM": _LowMemoryLSTM, "GRU": _LowMemoryGRU},
         "reference": vars(reference),
@@ -68,7 +93,9 @@ def make(provider: str, cell: str, I: int, H: int, p: float, dtype: torch.dtype)
         raise ValueError(f"provider must be one of {', '.join(NAMES)}, got {provider!r}")
     torch.manual_seed(0)
     module_class = classes[provider][name]
-    if provider != "torch":
+    if not provider.startswith("torch"):
         return module_class(I, H, weight_dropout=p, dtype=dtype)
     module = module_class(I, H, dtype=dtype)
-    return DroppedWeight(module, p) if p > 0 else module
+    if p == 0:
+        return module
+    return DroppedWeight(module, p) if provider == "torch" else ReassignedWeight(module, p)

@@ -88,6 +88,14 @@ def _directory(help: str) -> Any:
     return typer.Option(file_okay=False, writable=True, help=help)
 
 
+def _accelerator(name: str) -> str:
+    if name not in ("cpu", "gpu", "auto"):
+        raise typer.BadParameter(f"accelerator must be cpu, gpu or auto, got {name!r}")
+    if name == "gpu" and not torch.cuda.is_available():
+        raise typer.BadParameter("accelerator gpu needs a GPU, and torch sees none")
+    return name
+
+
 def _plot(path: Path | None) -> Path | None:
     """Refuses a format before hours of training, and not after."""
     if path is not None and path.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -127,7 +135,9 @@ def chapter(
     backend: Annotated[
         str, typer.Option(help="Recurrent layers: lstmx, torch, reference, cells or plain.")
     ] = "lstmx",
-    accelerator: Annotated[str, typer.Option(help="cpu, gpu or auto.")] = "cpu",
+    accelerator: Annotated[
+        str, typer.Option(callback=_accelerator, help="cpu, gpu or auto.")
+    ] = "cpu",
     threads: Threads = 1,
     json: JsonFile = None,
     plot: Annotated[

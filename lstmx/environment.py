@@ -37,6 +37,25 @@ def _commit() -> str | None:
     return done.stdout.strip()
 
 
+def _driver() -> str | None:
+    """The version of NVIDIA's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.split()[0]
+
+
+def _gpu() -> dict[str, object]:
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
 def environment() -> dict[str, object]:
     """Versions, machine, commit and date, for the JSON of every benchmark and experiment."""
     return {
@@ -50,7 +69,7 @@ def environment() -> dict[str, object]:
         "cores": os.cpu_count(),
         "instruction_set": _extension._C.cpu_capability() if _extension._C else None,
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **(_gpu() if torch.cuda.is_available() else {"gpu": None}),
     }
 
 

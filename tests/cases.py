@@ -135,10 +135,14 @@ CPU_PATHS += [
     ]
 ]
 
+
 # The shapes of the field: AWD-LSTM's layers, the chapter's, cuDNN's favourites, and odd ones.
-BENCHMARK = [
-    case
-    for T, B, I, H in (
+def _benchmark(*shapes: tuple[int, int, int, int]) -> list[Case]:
+    return [case for T, B, I, H in shapes for case in _both_cells(T=T, B=B, I=I, H=H)]
+
+
+BENCHMARKS = {
+    "cpu": _benchmark(
         (70, 80, 400, 1150),
         (70, 64, 1152, 1152),
         (70, 80, 1150, 400),
@@ -151,6 +155,18 @@ BENCHMARK = [
         (1, 64, 512, 512),
         (1, 1, 256, 256),
         (33, 7, 77, 131),
-    )
-    for case in _both_cells(T=T, B=B, I=I, H=H)
-]
+    ),
+    "cuda": _benchmark(
+        (70, 80, 1150, 1150),
+        (70, 80, 400, 1150),
+        (70, 80, 1150, 400),
+        (70, 80, 1152, 1152),
+        (35, 20, 650, 650),
+        (128, 64, 512, 512),
+        (512, 16, 1024, 1024),
+        (1024, 16, 768, 768),
+        (16, 64, 64, 64),
+        (1, 64, 512, 512),
+        (33, 7, 77, 131),
+    ),
+}

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from cases import BENCHMARK, CELLS, Case
+from cases import BENCHMARKS, CELLS, Case
 from rich.console import Console
 from typer.testing import CliRunner
 
 import lstmx
 from benchmarks import compare, harness, readme, report
-from benchmarks.__main__ import main
+from benchmarks.__main__ import DEFAULT_PROVIDERS, main
 from benchmarks.calls import call, tensors
 from benchmarks.harness import as_json, measure, products_flop
 from benchmarks.memory import Meter
@@ -349,7 +349,7 @@ def test_the_command_line(tmp_path):
     part += ["--json", path, "--no-memory"]
     assert run(main, *part, "--dtype", "float32", "--mode", "training")[0] == 0
     first = json.loads(path.read_text())["measurements"]
-    assert [row["provider"] for row in first] == list(NAMES)
+    assert [row["provider"] for row in first] == list(DEFAULT_PROVIDERS)
     status, output = run(main, *part, "--resume", "--minutes", 0)
     assert status == 0
     assert "5 of 6 cases were left out: no time" in output
@@ -384,6 +384,7 @@ def test_the_command_line(tmp_path):
         (["--dtype", "int8"], "dtype must be one of .*got 'int8'"),
         (["--cell", "rnn"], "cell must be one of lstm, gru, got 'rnn'"),
         (["--device", "tpu"], "device must be one of cpu, cuda, got 'tpu'"),
+        (["--dtype", "tf32"], "dtype tf32 needs --device cuda"),
         (["--resume"], "resume needs a file to go on with: --json"),
     ],
 )
@@ -400,7 +401,7 @@ def test_errors_of_the_command_line(arguments, words):
 def test_speed(benchmark, cell, shape, mode):
     """For pytest-benchmark's comparison of runs; see CONTRIBUTING.md."""
     case = Case(cell, *shape)
-    assert case in BENCHMARK
+    assert case in BENCHMARKS["cpu"]
     module = make("lstmx", cell, case.I, case.H, 0.0, torch.float32)
     y, *_ = benchmark(call(module, *tensors(case, torch.float32), mode))
     assert y.shape == (case.T, case.B, case.H)

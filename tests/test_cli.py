@@ -47,6 +47,7 @@ def test_chapter(tmp_path):
         (["--backend", "cudnn"], "backend must be one of"),
         (["--seeds", "0"], "greater than or equal to 1"),
         (["--threads", "0"], "greater than or equal to 1"),
+        (["--accelerator", "tpu"], "accelerator must be cpu, gpu or auto"),
     ],
 )
 def test_refusals(arguments, words):

@@ -1,6 +1,7 @@
 """What only a real device can show. What the emulator can show too is in test_cuda.py."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from cases import CELLS, Case
 from providers import run
 from test_cuda import rnn_precision
 from test_sequence import assert_same, rms
-from tolerances import FLOAT32, RMS_FLOOR_EPS, RMS_RATIO, RMS_SEEDS
+from tolerances import FLOAT32, FLOAT64, RMS_FLOOR_EPS, RMS_RATIO, RMS_SEEDS
 from torch import nn
 
 import lstmx
@@ -21,18 +22,23 @@ def make(cell, *arguments, **options):
     return getattr(lstmx, cell.upper())(*arguments, device="cuda", **options)
 
 
+SIZES = [64, 650, 1150]
+
+
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("size", [64, 650, 1150])
+@pytest.mark.parametrize(("I", "H"), list(itertools.product(SIZES, SIZES)), ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_rounding_errors_are_at_most_twice_cudnns(cell, size, p, dtype):
-    case = Case(cell, T=6, B=5, I=size, H=size, weight_dropout=p)
+def test_rounding_errors_are_at_most_twice_cudnns(cell, I, H, p, dtype):
+    case = Case(cell, T=6, B=5, I=I, H=H, weight_dropout=p)
     errors = {"lstmx": {}, "torch": {}}
     scale = {}
-    for seed in range(RMS_SEEDS if size == 64 else 3):
+    for seed in range(RMS_SEEDS if I == H == 64 else 2):
         exact = run("torch", case, seed=seed, backward_dtype=dtype, device="cuda")
         for provider, found in errors.items():
-            for name, value in run(provider, case, dtype, seed=seed, device="cuda").items():
+            with rnn_precision("ieee"):
+                values = run(provider, case, dtype, seed=seed, device="cuda")
+            for name, value in values.items():
                 if name not in exact:
                     continue
                 found.setdefault(name, []).append((value.double() - exact[name]).flatten())
@@ -41,6 +47,15 @@ def test_rounding_errors_are_at_most_twice_cudnns(cell, size, p, dtype):
         ours, theirs = rms(torch.cat(errors["lstmx"][name])), rms(torch.cat(of_torch))
         floor = RMS_FLOOR_EPS[dtype] * torch.finfo(dtype).eps * rms(torch.cat(scale[name]))
         assert ours <= RMS_RATIO * theirs + floor, (name, ours, theirs)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("I", "H"), [(64, 1150), (650, 64), (1150, 650)], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_float64_equals_cudnn(cell, I, H, p):
+    case = Case(cell, T=6, B=5, I=I, H=H, weight_dropout=p)
+    got, expected = (run(name, case, device="cuda") for name in ("lstmx", "torch"))
+    assert_same({name: got[name] for name in expected}, expected, **FLOAT64)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -149,7 +149,7 @@ def test_strided_inputs_and_gradients(cell):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("case", cases.BENCHMARK[-10:], ids=str)
+@pytest.mark.parametrize("case", cases.BENCHMARKS["cpu"][-10:], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_runs_are_bitwise_equal(case, threads):
     before = torch.get_num_threads()

@@ -25,6 +25,8 @@ struct ForwardStepParams {
   int64_t rows, hidden;
   const void* x_gates;        // [rows, G, Hp] compute: x W_ih^T
   const void* h_gates;        // [rows, G, Hp] compute: h_{t-1} W_hh^T
+  int64_t next_rows;          // of the step after this one, 0 at the last one;
+  const void* next_x_gates;   // where its x_gates lie, for the cache
   const void* b_ih;           // [G, H] storage, or null
   const void* b_hh;           // [G, H] storage, or null
   const void* h;              // [rows, Hp] storage: h_{t-1}

@@ -27,8 +27,10 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline constexpr int kStepThreads = 128;
 inline LaunchSize step_size(int64_t rows, int64_t units) {
   constexpr int64_t kMaxGridY = 65535;
-  return {static_cast<unsigned>(divide_up(units, kStepThreads)),
-          static_cast<unsigned>(std::min(rows, kMaxGridY)), kStepThreads};
+  return {.grid_x = static_cast<unsigned>(divide_up(units, kStepThreads)),
+          .grid_y = static_cast<unsigned>(std::min(rows, kMaxGridY)),
+          .threads = kStepThreads,
+          .overlap = true};
 }
 LSTMX_DEVICE int64_t step_unit() { return int64_t{block_x()} * kStepThreads + thread_index(); }
 
@@ -45,11 +47,19 @@ forward_step_kernel(ForwardStepParams p) {
     b_hh[g] = p.b_hh ? V(widen(ref<Storage>(p.b_hh, g * H + unit))) : V(0);
   }
   for (int64_t row = block_y(); row < p.rows; row += grid_y()) {
+    // What the product before does not write comes first: it may still be under way.
     V x[G], h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
     LSTMX_UNROLL for (int g = 0; g < G; ++g) {
-      const int64_t gate = (row * G + g) * Hp + unit;
-      x[g] = ref<V>(p.x_gates, gate) + b_ih[g];
-      h[g] = ref<V>(p.h_gates, gate) + b_hh[g];
+      x[g] = ref<V>(p.x_gates, (row * G + g) * Hp + unit) + b_ih[g];
+    }
+    if (row < p.next_rows && lane_index() % 16 == 0) {
+      LSTMX_UNROLL for (int g = 0; g < G; ++g) {
+        prefetch(&ref<V>(p.next_x_gates, (row * G + g) * Hp + unit));
+      }
+    }
+    wait_for_previous();
+    LSTMX_UNROLL for (int g = 0; g < G; ++g) {
+      h[g] = ref<V>(p.h_gates, (row * G + g) * Hp + unit) + b_hh[g];
     }
     const int64_t inner = row * H + unit;
     prev[0] = widen(ref<Storage>(p.h, row * Hp + unit));
@@ -81,27 +91,32 @@ backward_step_kernel(BackwardStepParams p) {
     V dgates[kGrads] = {};  // zero in the padding
     if (unit < H) {
       const int64_t inner = row * H + unit;
-      V dnext[kStates];
-      LSTMX_UNROLL for (int k = 0; k < kStates; ++k) dnext[k] = ref<V>(p.carry[k], inner);
+      const bool active = row < p.rows;
+      V dnext[kStates] = {}, prev[kStates] = {}, next[kStates] = {}, saved[kSaved] = {};
+      // What the product before does not write comes first: it may still be under way.
+      if (active) {
+        LSTMX_UNROLL for (int k = 0; k < kStates; ++k) {
+          const void* from = row < p.previous_rows ? p.previous[k] : p.initial[k];
+          prev[k] = widen(ref<Storage>(from, inner));
+          next[k] = widen(ref<Storage>(p.states[k], inner));
+          if (p.dstates[k]) dnext[k] = V(widen(ref<Storage>(p.dstates[k], inner)));
+        }
+        LSTMX_UNROLL for (int s = 0; s < kSaved; ++s) {
+          saved[s] = widen(ref<Storage>(p.saved, (row * kSaved + s) * H + unit));
+        }
+      }
+      wait_for_previous();
+      LSTMX_UNROLL for (int k = 0; k < kStates; ++k) dnext[k] += ref<V>(p.carry[k], inner);
       if (row < p.product_rows) {
         LSTMX_UNROLL for (int g = 0; g < Cell::kGates; ++g) {
           dnext[0] += ref<V>(p.product, (g * p.batch + row) * Hp + unit);
         }
       }
-      if (row >= p.rows) {
+      if (!active) {
         ref<V>(p.carry[0], inner) = dnext[0];
         continue;
       }
-      V prev[kStates], next[kStates], saved[kSaved], dprev[kStates];
-      LSTMX_UNROLL for (int k = 0; k < kStates; ++k) {
-        const void* from = row < p.previous_rows ? p.previous[k] : p.initial[k];
-        prev[k] = widen(ref<Storage>(from, inner));
-        next[k] = widen(ref<Storage>(p.states[k], inner));
-        if (p.dstates[k]) dnext[k] += V(widen(ref<Storage>(p.dstates[k], inner)));
-      }
-      LSTMX_UNROLL for (int s = 0; s < kSaved; ++s) {
-        saved[s] = widen(ref<Storage>(p.saved, (row * kSaved + s) * H + unit));
-      }
+      V dprev[kStates];
       Cell::backward(saved, prev, next, dnext, dgates, dprev);
       LSTMX_UNROLL for (int k = 0; k < kStates; ++k) ref<V>(p.carry[k], inner) = dprev[k];
     }

@@ -10,12 +10,12 @@ namespace lstmx {
 // c [m, n] = a [m, k] b [k, n], for each of `count` of them. Of each of a and b one stride is 1.
 struct Product {
   int64_t m, n, k;
-  const void* a;  // storage
-  int64_t a_row, a_column;
-  const void* b;  // storage
-  int64_t b_row, b_column;
-  void* c;  // compute, or storage if `narrow`
-  int64_t c_row;
+  const void* a = nullptr;  // storage
+  int64_t a_row = 0, a_column = 0;
+  const void* b = nullptr;  // storage
+  int64_t b_row = 0, b_column = 0;
+  void* c = nullptr;  // compute, or storage if `narrow`
+  int64_t c_row = 0;
   bool narrow = false;
   int64_t count = 1;
   int64_t a_next = 0, b_next = 0, c_next = 0;  // elements from one of them to the next

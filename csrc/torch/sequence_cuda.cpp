@@ -164,6 +164,8 @@ ForwardResult sequence_forward_cuda(const SequenceArgs& args, bool save_gates, b
     p.rows = walk.rows, p.hidden = in.H;
     p.x_gates = row_of(x_gates, walk.offset, in.G * in.Hp);
     p.h_gates = h_gates.const_data_ptr();
+    p.next_rows = walk.next_rows;
+    p.next_x_gates = row_of(x_gates, walk.next_offset, in.G * in.Hp);
     p.b_ih = data_or_null(in.b_ih), p.b_hh = data_or_null(in.b_hh);
     p.h = h.const_data_ptr(), p.next_h = h.mutable_data_ptr();
     for (int k = 0; k < in.states; ++k) {
