@@ -92,8 +92,8 @@ CPP = [
     Mutation(STEP, "row < p.previous_rows ?", "row <= p.previous_rows ?"),
     Mutation(STEP, "narrow(weight * factor,", "narrow(weight,"),
     Mutation(STEP, "wide * Kp + column) * factor", "wide * Kp + column)"),
-    Mutation(STEP, "(row / p.hidden + p.rotation) % p.gates", "row / p.hidden"),
-    Mutation(STEP, "(wide / Hp + p.gates - p.rotation) % p.gates", "wide / Hp"),
+    Mutation(STEP, "rotated(from.gate, p.rotation, p.gates)", "from.gate"),
+    Mutation(STEP, "rotated(to.gate, p.gates - p.rotation, p.gates)", "to.gate"),
     Mutation(STEP, "narrow(V(0), ref<Storage>(p.to, wide * Kp + k));", ""),
     Mutation(STEP, "sync_block();\n  if (warp_index()", "if (warp_index()"),
 ]

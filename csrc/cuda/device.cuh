@@ -51,7 +51,6 @@ struct LaunchSize {
   unsigned threads;
   size_t shared_bytes = 0;
   bool cooperative = false;  // all blocks are resident at once and may wait for each other
-  bool overlap = false;  // may begin before the kernel before it ends; see wait_for_previous
 };
 
 #if defined(LSTMX_EMULATED)
@@ -95,22 +94,16 @@ cudaError_t launch(void (*kernel)(Params), const LaunchSize& size, cudaStream_t 
                                                    static_cast<int>(size.shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = size.cooperative;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = size.overlap;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = size.cooperative;
   cudaLaunchConfig_t config{};
   config.gridDim = {size.grid_x, size.grid_y, 1};
   config.blockDim = {size.threads, 1, 1};
   config.dynamicSmemBytes = size.shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-#ifdef LSTMX_TRY_NO_PDL
+  config.attrs = &attribute;
   config.numAttrs = 1;
-#else
-  config.numAttrs = 2;
-#endif
   Params copy = params;
   void* arguments[] = {&copy};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
@@ -174,10 +167,8 @@ LSTMX_DEVICE unsigned vote(bool predicate, unsigned mask = kAllLanes, Site site 
 LSTMX_DEVICE unsigned atomic_add(unsigned* counter, unsigned value) {
   return __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
 }
-// Into the cache of the whole device; any address will do.
+// Into the cache of the whole device.
 LSTMX_DEVICE void prefetch(const void*) {}
-// Until the kernel before this one on the stream has ended, if this one was launched to overlap it.
-LSTMX_DEVICE void wait_for_previous() {}
 
 #else
 
@@ -203,16 +194,7 @@ LSTMX_DEVICE unsigned vote(bool predicate, unsigned mask = kAllLanes) {
 LSTMX_DEVICE unsigned atomic_add(unsigned* counter, unsigned value) {
   return atomicAdd(counter, value);
 }
-#ifdef LSTMX_TRY_NO_PREFETCH
-LSTMX_DEVICE void prefetch(const void* p) {}
-#else
 LSTMX_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-#endif
-LSTMX_DEVICE void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 #endif
 

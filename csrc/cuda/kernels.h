@@ -42,6 +42,8 @@ struct BackwardStepParams {
   int64_t rows, product_rows, hidden, batch;
   int64_t previous_rows;             // rows from here on begin at this step
   const void* saved;                 // [rows, kSaved, H] storage
+  int64_t next_rows;                 // of the step that backward comes to next, 0 at the last one;
+  const void* next_saved;            // where its saved values lie, for the cache
   const void* states[kMaxStates];    // [rows, H] storage: y, c of this step
   const void* previous[kMaxStates];  // [previous_rows, H] storage: y, c of the step before
   const void* initial[kMaxStates];   // [B, H] storage

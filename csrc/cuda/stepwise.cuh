@@ -27,10 +27,8 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline constexpr int kStepThreads = 128;
 inline LaunchSize step_size(int64_t rows, int64_t units) {
   constexpr int64_t kMaxGridY = 65535;
-  return {.grid_x = static_cast<unsigned>(divide_up(units, kStepThreads)),
-          .grid_y = static_cast<unsigned>(std::min(rows, kMaxGridY)),
-          .threads = kStepThreads,
-          .overlap = true};
+  return {static_cast<unsigned>(divide_up(units, kStepThreads)),
+          static_cast<unsigned>(std::min(rows, kMaxGridY)), kStepThreads};
 }
 LSTMX_DEVICE int64_t step_unit() { return int64_t{block_x()} * kStepThreads + thread_index(); }
 
@@ -47,19 +45,13 @@ forward_step_kernel(ForwardStepParams p) {
     b_hh[g] = p.b_hh ? V(widen(ref<Storage>(p.b_hh, g * H + unit))) : V(0);
   }
   for (int64_t row = block_y(); row < p.rows; row += grid_y()) {
-    // What the product before does not write comes first: it may still be under way.
     V x[G], h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
     LSTMX_UNROLL for (int g = 0; g < G; ++g) {
-      x[g] = ref<V>(p.x_gates, (row * G + g) * Hp + unit) + b_ih[g];
-    }
-    if (row < p.next_rows && lane_index() % 16 == 0) {
-      LSTMX_UNROLL for (int g = 0; g < G; ++g) {
-        prefetch(&ref<V>(p.next_x_gates, (row * G + g) * Hp + unit));
-      }
-    }
-    wait_for_previous();
-    LSTMX_UNROLL for (int g = 0; g < G; ++g) {
-      h[g] = ref<V>(p.h_gates, (row * G + g) * Hp + unit) + b_hh[g];
+      const int64_t gate = (row * G + g) * Hp + unit;
+      x[g] = ref<V>(p.x_gates, gate) + b_ih[g];
+      h[g] = ref<V>(p.h_gates, gate) + b_hh[g];
+      // Else the next step waits for the memory: x_gates of all steps are more than a cache holds.
+      if (row < p.next_rows && lane_index() % 16 == 0) prefetch(&ref<V>(p.next_x_gates, gate));
     }
     const int64_t inner = row * H + unit;
     prev[0] = widen(ref<Storage>(p.h, row * Hp + unit));
@@ -91,32 +83,29 @@ backward_step_kernel(BackwardStepParams p) {
     V dgates[kGrads] = {};  // zero in the padding
     if (unit < H) {
       const int64_t inner = row * H + unit;
-      const bool active = row < p.rows;
-      V dnext[kStates] = {}, prev[kStates] = {}, next[kStates] = {}, saved[kSaved] = {};
-      // What the product before does not write comes first: it may still be under way.
-      if (active) {
-        LSTMX_UNROLL for (int k = 0; k < kStates; ++k) {
-          const void* from = row < p.previous_rows ? p.previous[k] : p.initial[k];
-          prev[k] = widen(ref<Storage>(from, inner));
-          next[k] = widen(ref<Storage>(p.states[k], inner));
-          if (p.dstates[k]) dnext[k] = V(widen(ref<Storage>(p.dstates[k], inner)));
-        }
-        LSTMX_UNROLL for (int s = 0; s < kSaved; ++s) {
-          saved[s] = widen(ref<Storage>(p.saved, (row * kSaved + s) * H + unit));
-        }
-      }
-      wait_for_previous();
-      LSTMX_UNROLL for (int k = 0; k < kStates; ++k) dnext[k] += ref<V>(p.carry[k], inner);
+      V dnext[kStates];
+      LSTMX_UNROLL for (int k = 0; k < kStates; ++k) dnext[k] = ref<V>(p.carry[k], inner);
       if (row < p.product_rows) {
         LSTMX_UNROLL for (int g = 0; g < Cell::kGates; ++g) {
           dnext[0] += ref<V>(p.product, (g * p.batch + row) * Hp + unit);
         }
       }
-      if (!active) {
+      if (row >= p.rows) {
         ref<V>(p.carry[0], inner) = dnext[0];
         continue;
       }
-      V dprev[kStates];
+      V prev[kStates], next[kStates], saved[kSaved], dprev[kStates];
+      LSTMX_UNROLL for (int k = 0; k < kStates; ++k) {
+        const void* from = row < p.previous_rows ? p.previous[k] : p.initial[k];
+        prev[k] = widen(ref<Storage>(from, inner));
+        next[k] = widen(ref<Storage>(p.states[k], inner));
+        if (p.dstates[k]) dnext[k] += V(widen(ref<Storage>(p.dstates[k], inner)));
+      }
+      LSTMX_UNROLL for (int s = 0; s < kSaved; ++s) {
+        const int64_t gate = (row * kSaved + s) * H + unit;
+        saved[s] = widen(ref<Storage>(p.saved, gate));
+        if (row < p.next_rows && lane_index() % 16 == 0) prefetch(&ref<Storage>(p.next_saved, gate));
+      }
       Cell::backward(saved, prev, next, dnext, dgates, dprev);
       LSTMX_UNROLL for (int k = 0; k < kStates; ++k) ref<V>(p.carry[k], inner) = dprev[k];
     }
@@ -160,23 +149,25 @@ LSTMX_DEVICE int64_t weight_threads() { return int64_t{grid_x()} * kWeightThread
 template <class V>
 class RowMask {
  public:
-  LSTMX_DEVICE explicit RowMask(const WeightDropout& dropout)
-      : masked_(dropout.seed != nullptr),
-        rule_(masked_ ? MaskRule::make(*dropout.seed, dropout.p) : MaskRule{}) {}
+  LSTMX_DEVICE explicit RowMask(const WeightDropout& dropout) : masked_(dropout.seed != nullptr) {
+    if (!masked_) return;
+    rule_ = MaskRule::make(*dropout.seed, dropout.p);
+    scale_ = V(rule_.scale);
+  }
 
   // Calls body(column, factor) for this thread's elements of a row.
   template <class Body>
   LSTMX_DEVICE void for_each(int64_t row, int64_t columns, Body body) const {
-    const int64_t begin = row * columns, end = begin + columns;
-    for (int64_t quad = begin / kQuad + weight_thread(); quad * kQuad < end;
+    const uint64_t begin = row * columns, end = begin + columns;
+    for (uint64_t quad = begin / kQuad + weight_thread(); quad * kQuad < end;
          quad += weight_threads()) {
-      auto block = philox_counter(static_cast<uint64_t>(quad));
+      auto block = philox_counter(quad);
       if (masked_) philox4x32_10(block, rule_.seed);
       LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
-        const int64_t element = quad * kQuad + i;
+        const uint64_t element = quad * kQuad + i;
         if (element < begin || element >= end) continue;
         const bool kept = !masked_ || rule_.keeps(block.word[i]);
-        body(element - begin, kept ? V(rule_.scale) : V(0));
+        body(static_cast<int64_t>(element - begin), kept ? scale_ : V(0));
       }
     }
   }
@@ -184,12 +175,20 @@ class RowMask {
  private:
   bool masked_;
   MaskRule rule_;
+  V scale_ = 1;
 };
 
-// Row `row` of [G*H, K] lies in row padded_row() of [G*Hp, Kp].
-LSTMX_DEVICE int64_t padded_row(const WeightParams& p, int64_t row) {
-  const int64_t place = (row / p.hidden + p.rotation) % p.gates;
-  return place * padded(p.hidden) + row % p.hidden;
+// In 32 bits: a division in 64 would take as long as all the rest of a thread's work.
+struct GateRow {
+  LSTMX_DEVICE GateRow(int64_t row, int64_t units)
+      : gate(static_cast<unsigned>(row) / static_cast<unsigned>(units)),
+        unit(static_cast<unsigned>(row) % static_cast<unsigned>(units)) {}
+  int64_t gate, unit;
+};
+
+LSTMX_DEVICE int64_t rotated(int64_t gate, int64_t rotation, int64_t gates) {
+  const int64_t place = gate + rotation;
+  return place < gates ? place : place - gates;
 }
 
 template <class Storage>
@@ -199,10 +198,11 @@ prepare_kernel(WeightParams p) {
   const int64_t Hp = padded(p.hidden), K = p.columns, Kp = padded(K);
   const RowMask<V> mask(p.dropout);
   for (int64_t wide = block_y(); wide < p.gates * Hp; wide += grid_y()) {
-    const int64_t gate = (wide / Hp + p.gates - p.rotation) % p.gates, unit = wide % Hp;
-    const bool exists = unit < p.hidden;
+    const GateRow to(wide, Hp);
+    const bool exists = to.unit < p.hidden;
     if (exists) {
-      const int64_t row = gate * p.hidden + unit;
+      const int64_t gate = rotated(to.gate, p.gates - p.rotation, p.gates);
+      const int64_t row = gate * p.hidden + to.unit;
       mask.for_each(row, K, [&](int64_t column, V factor) {
         const V weight = widen(ref<Storage>(p.from, row * K + column));
         narrow(weight * factor, ref<Storage>(p.to, wide * Kp + column));
@@ -221,7 +221,9 @@ finish_kernel(WeightParams p) {
   const int64_t K = p.columns, Kp = padded(K);
   const RowMask<V> mask(p.dropout);
   for (int64_t row = block_y(); row < p.gates * p.hidden; row += grid_y()) {
-    const int64_t wide = padded_row(p, row);
+    const GateRow from(row, p.hidden);
+    const int64_t gate = rotated(from.gate, p.rotation, p.gates);
+    const int64_t wide = gate * padded(p.hidden) + from.unit;
     mask.for_each(row, K, [&](int64_t column, V factor) {
       narrow(ref<V>(p.from, wide * Kp + column) * factor, ref<Storage>(p.to, row * K + column));
     });

@@ -31,7 +31,8 @@ class Blas {
  private:
   DType dtype_;
   bool tf32_;
-  void* handle_;
+  int device_;
+  void *handle_, *stream_, *workspace_;
 };
 
 }  // namespace lstmx

@@ -250,6 +250,8 @@ BackwardResult sequence_backward_cuda(const SequenceArgs& args, const OutputGrad
       p.carry[k] = carry[k].mutable_data_ptr();
     }
     p.saved = row_of(OptionalTensor(saved), walk.offset, in.saved * in.H);
+    p.next_rows = walk.next_rows;
+    p.next_saved = row_of(OptionalTensor(saved), walk.next_offset, in.saved * in.H);
     p.product = sent_back.const_data_ptr();
     p.dgates = row_of(dgates, walk.offset, in.grads * in.Hp);
     in.check(in.cell.backward_step(p, in.stream));
