@@ -4,6 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BUILD ?= build/cpp
+GPU_OUT ?= build/gpu
 PAGES ?= build/docs
 # Modules with a page of the API; the package comes first.
 DOCUMENTED = lstmx $(addprefix lstmx.,modules ops reference dropout diagnostics text) \
@@ -70,7 +71,7 @@ bench: $(VENV)/.dev  ## time lstmx against torch.nn; BENCH="--cell gru --resume"
 	$(python) -m benchmarks --json build/bench.json --plot build/bench.png $(BENCH)
 
 gpu:  ## on a machine with a GPU: build, test, benchmark
-	scripts/gpu_check.sh build/gpu
+	scripts/gpu_check.sh $(GPU_OUT)
 
 cuda-build:  ## compile with CUDA where no GPU is: downloads a CUDA build of torch
 	scripts/cuda_build.sh build/cuda

@@ -131,13 +131,14 @@ cudaError_t backward_step(const BackwardStepParams& p, cudaStream_t stream) {
 
 // ---- Weights -----------------------------------------------------------------------------------
 
-// Elements are handled four at a time, as one Philox block covers them.
-inline constexpr int kQuad = 4, kWeightThreads = 128;
+// Elements are handled four at a time, as one Philox block covers them; each thread has several
+// fours under way, or the memory would wait for the threads.
+inline constexpr int kQuad = 4, kQuads = 4, kWeightThreads = 128;
 // Blocks of a column share out the rows, blocks of a row its quads.
 inline LaunchSize weight_size(int64_t rows, int64_t columns) {
   constexpr int64_t kMaxGridX = 1024, kMaxGridY = 65535;
   const int64_t quads = divide_up(columns, kQuad) + 1;  // a row may begin and end within one
-  return {static_cast<unsigned>(std::min(divide_up(quads, kWeightThreads), kMaxGridX)),
+  return {static_cast<unsigned>(std::min(divide_up(quads, kQuads * kWeightThreads), kMaxGridX)),
           static_cast<unsigned>(std::min(rows, kMaxGridY)), kWeightThreads};
 }
 LSTMX_DEVICE int64_t weight_thread() {
@@ -155,19 +156,30 @@ class RowMask {
     scale_ = V(rule_.scale);
   }
 
-  // Calls body(column, factor) for this thread's elements of a row.
-  template <class Body>
-  LSTMX_DEVICE void for_each(int64_t row, int64_t columns, Body body) const {
-    const uint64_t begin = row * columns, end = begin + columns;
-    for (uint64_t quad = begin / kQuad + weight_thread(); quad * kQuad < end;
-         quad += weight_threads()) {
-      auto block = philox_counter(quad);
-      if (masked_) philox4x32_10(block, rule_.seed);
+  // Calls store(column, load(column) * factor) for this thread's elements of a row.
+  template <class Load, class Store>
+  LSTMX_DEVICE void apply(int64_t row, int64_t columns, Load load, Store store) const {
+    const uint64_t begin = row * columns, end = begin + columns, threads = weight_threads();
+    const auto each = [&](uint64_t quad, auto body) {
       LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
         const uint64_t element = quad * kQuad + i;
-        if (element < begin || element >= end) continue;
-        const bool kept = !masked_ || rule_.keeps(block.word[i]);
-        body(static_cast<int64_t>(element - begin), kept ? scale_ : V(0));
+        if (element >= begin && element < end) body(i, static_cast<int64_t>(element - begin));
+      }
+    };
+    for (uint64_t first = begin / kQuad + weight_thread(); first * kQuad < end;
+         first += kQuads * threads) {
+      V values[kQuads][kQuad];  // all loads before the first store, which might change the next
+      LSTMX_UNROLL for (int q = 0; q < kQuads; ++q) {
+        each(first + q * threads, [&](int i, int64_t column) { values[q][i] = load(column); });
+      }
+      LSTMX_UNROLL for (int q = 0; q < kQuads; ++q) {
+        const uint64_t quad = first + q * threads;
+        auto block = philox_counter(quad);
+        if (masked_) philox4x32_10(block, rule_.seed);
+        each(quad, [&](int i, int64_t column) {
+          const bool kept = !masked_ || rule_.keeps(block.word[i]);
+          store(column, values[q][i] * (kept ? scale_ : V(0)));
+        });
       }
     }
   }
@@ -203,10 +215,9 @@ prepare_kernel(WeightParams p) {
     if (exists) {
       const int64_t gate = rotated(to.gate, p.gates - p.rotation, p.gates);
       const int64_t row = gate * p.hidden + to.unit;
-      mask.for_each(row, K, [&](int64_t column, V factor) {
-        const V weight = widen(ref<Storage>(p.from, row * K + column));
-        narrow(weight * factor, ref<Storage>(p.to, wide * Kp + column));
-      });
+      mask.apply(
+          row, K, [&](int64_t k) -> V { return widen(ref<Storage>(p.from, row * K + k)); },
+          [&](int64_t k, V value) { narrow(value, ref<Storage>(p.to, wide * Kp + k)); });
     }
     for (int64_t k = (exists ? K : 0) + weight_thread(); k < Kp; k += weight_threads()) {
       narrow(V(0), ref<Storage>(p.to, wide * Kp + k));
@@ -224,9 +235,9 @@ finish_kernel(WeightParams p) {
     const GateRow from(row, p.hidden);
     const int64_t gate = rotated(from.gate, p.rotation, p.gates);
     const int64_t wide = gate * padded(p.hidden) + from.unit;
-    mask.for_each(row, K, [&](int64_t column, V factor) {
-      narrow(ref<V>(p.from, wide * Kp + column) * factor, ref<Storage>(p.to, row * K + column));
-    });
+    mask.apply(
+        row, K, [&](int64_t k) { return ref<V>(p.from, wide * Kp + k); },
+        [&](int64_t k, V value) { narrow(value, ref<Storage>(p.to, row * K + k)); });
   }
 }
 
@@ -234,7 +245,9 @@ template <class V>
 LSTMX_KERNEL(kWeightThreads)
 mask_kernel(MaskParams p) {
   const RowMask<V> mask(p.dropout);
-  mask.for_each(0, p.count, [&](int64_t element, V factor) { ref<V>(p.out, element) = factor; });
+  mask.apply(
+      0, p.count, [](int64_t) { return V(1); },
+      [&](int64_t element, V factor) { ref<V>(p.out, element) = factor; });
 }
 
 template <class Storage>

@@ -31,8 +31,7 @@ class Blas {
  private:
   DType dtype_;
   bool tf32_;
-  int device_;
-  void *handle_, *stream_, *workspace_;
+  void* handle_;
 };
 
 }  // namespace lstmx

@@ -16,7 +16,7 @@
 namespace lstmx {
 
 // In the place of cuBLAS.
-Blas::Blas(DType dtype, bool tf32) : dtype_(dtype), tf32_(tf32) {}
+Blas::Blas(DType dtype, bool tf32) : dtype_(dtype), tf32_(tf32), handle_(nullptr) {}
 
 void Blas::multiply(const Product& p) const {
   constexpr at::ScalarType types[kDTypes] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
