@@ -39,11 +39,17 @@ def record(row: dict[str, Any]) -> dict[str, Any]:
 
 def other(row: dict[str, Any]) -> dict[str, Any]:
     """A line about another library."""
+    name = row["library"]
+    if row["padded_batch"] != row["B"]:
+        name += f", batch padded to {row['padded_batch']}"
+    if row["variant"]:
+        name += f", {row['variant']}"
     return {
         **{key: row[key] for key in SIZES},
+        "dtype": "tf32" if row["tf32"] else row["dtype"],
         "mode": MODES[row["mode"]],
         "weight_dropout": row["weight_dropout"],
-        "provider": row["library"] + ("+graph" if row["graph"] else ""),
+        "provider": name + ("+graph" if row["graph"] else ""),
         "median_ms": 1e-3 * row["median_us"],
         "p20": 1e-3 * row["p20_us"],
         "p80": 1e-3 * row["p80_us"],
@@ -59,7 +65,10 @@ def main(
     others: Annotated[
         list[Path],
         typer.Option(
-            default_factory=list, exists=True, dir_okay=False, help="JSON lines of others."
+            default_factory=lambda: [],
+            exists=True,
+            dir_okay=False,
+            help="JSON lines of others.",
         ),
     ],
 ) -> None:
@@ -76,7 +85,7 @@ def main(
     cases = [record(row) for result in results for row in result["measurements"]]
     for path in others:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        cases += [other(line) for line in lines if "median_us" in line]
+        cases += [other(line) for line in lines if line["mode"] in MODES]
     write_json(
         {
             "device": here["gpu"],

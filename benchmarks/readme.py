@@ -129,6 +129,123 @@ def speed_amx() -> str:
     return speed("amx-")
 
 
+# ---- On a GPU ------------------------------------------------------------------------------------
+
+Times = dict[str, float]
+SHAPE = ("T", "B", "I", "H")
+
+
+def _gpu_times() -> tuple[dict, dict[tuple, Times]]:
+    """What h200-summary.json says of the machine, and each case's times by provider."""
+    summary = json.loads((RESULTS / "h200-summary.json").read_text())
+    times: dict[tuple, Times] = {}
+    for row in summary["cases"]:
+        names = ("dtype", "mode", "weight_dropout", "cell", *SHAPE)
+        times.setdefault(report.key(row, names), {})[row["provider"]] = row["median_ms"]
+    return summary, times
+
+
+def _gpu_ratios(times: Times) -> tuple[float | None, float | None]:
+    """torch's time over ours: as called, by torch's faster way; and both in a CUDA graph."""
+    ways = [times[name] for name in ("torch", "torch+reassigned") if name in times]
+    both = [times.get(f"{name}+graph") for name in ("torch", "lstmx")]
+    called = min(ways) / times["lstmx"] if ways and "lstmx" in times else None
+    return called, None if None in both else both[0] / both[1]
+
+
+def _gpu_words(dtype: str, mode: str, p: float) -> str:
+    names = {"tf32": "float32 in TF32"}
+    words = f"{'forward' if mode == 'fwd' else 'training'}, {names.get(dtype, dtype)}"
+    return words + (f", weight dropout {p:g}" if p > 0 else "")
+
+
+def gpu() -> str:
+    """Ratios on a GPU: geometric means, then the cases of bfloat16."""
+    if not (RESULTS / "h200-summary.json").exists():
+        return ABSENT
+    summary, times = _gpu_times()
+    ratios: dict[tuple, dict[str, list[float]]] = {}
+    for (dtype, mode, p, cell, *_), of_case in times.items():
+        found = ratios.setdefault((dtype, mode, p), {})
+        for way, ratio in zip(("called", "graph"), _gpu_ratios(of_case), strict=True):
+            if ratio is not None:
+                found.setdefault(f"{cell} {way}", []).append(ratio)
+    columns = ("lstm called", "lstm graph", "gru called", "gru graph")
+    rows = [
+        [
+            _gpu_words(*group),
+            *(
+                f"{statistics.geometric_mean(found[c]):.2f} ({min(found[c]):.2f})"
+                if c in found
+                else ""
+                for c in columns
+            ),
+        ]
+        for group, found in ratios.items()
+        if found
+    ]
+    names = ["LSTM, as called", "LSTM, graphs", "GRU, as called", "GRU, graphs"]
+    parts = [_rows(["geometric mean (lowest)", *names], rows), gpu_cases("bfloat16")]
+    parts.append(
+        f"{summary['device']}, driver {summary['driver']}, CUDA {summary['cuda']}, cuDNN "
+        f"{summary['cudnn']}, torch {summary['torch']}; all numbers: "
+        "[h200-summary](benchmarks/results/h200-summary.json)."
+    )
+    return "\n\n".join(parts)
+
+
+def gpu_cases(dtype: str) -> str:
+    """A line for each shape, training without and with weight dropout, in one dtype."""
+    _, times = _gpu_times()
+    shapes = list(dict.fromkeys(key[4:] for key in times if key[0] == dtype))
+    rows = []
+    for shape in shapes:
+        cells = [", ".join(map(str, shape))]
+        for cell in ("lstm", "gru"):
+            plain = _gpu_ratios(times.get((dtype, "fwd+bwd", 0.0, cell, *shape), {}))
+            dropped = _gpu_ratios(times.get((dtype, "fwd+bwd", 0.5, cell, *shape), {}))
+            cells += ["" if x is None else f"{x:.2f}" for x in (*plain, dropped[0])]
+        if any(cells[1:]):
+            rows.append(cells)
+    names = [
+        f"{cell}, {way}" for cell in ("LSTM", "GRU") for way in ("as called", "graphs", "dropout")
+    ]
+    words = _gpu_words(dtype, "fwd+bwd", 0.0).replace("training", "Training")
+    words += "; dropout: with weight dropout of 0.5, as called:"
+    return f"{words}\n\n" + _rows(["T, B, I, H", *names], rows)
+
+
+def gpu_others() -> str:
+    """Milliseconds of a training step in CUDA graphs, beside other libraries."""
+    if not (RESULTS / "h200-summary.json").exists():
+        return ABSENT
+    _, times = _gpu_times()
+    parts = [gpu_cases(dtype) for dtype in ("float16", "tf32", "float32")]
+    rows = []
+    for (dtype, mode, p, cell, *shape), of_case in times.items():
+        others = {
+            library: [
+                time
+                for name, time in of_case.items()
+                if name.startswith(library) and name.endswith("+graph")
+            ]
+            for library in ("flashrnn", "haste")
+        }
+        if (mode, p, cell) != ("fwd+bwd", 0.0, "lstm") or not any(others.values()):
+            continue
+        found = [of_case.get("torch+graph"), of_case.get("lstmx+graph")]
+        found += [min(ms) if ms else None for ms in others.values()]
+        rows.append(
+            [
+                f"{dtype}, {', '.join(map(str, shape))}",
+                *("" if ms is None else f"{ms:.2f}" for ms in found),
+            ]
+        )
+    parts.append("Milliseconds of a training step of an LSTM, all in CUDA graphs:")
+    parts.append(_rows(["T, B, I, H", "cuDNN", "lstmx", "FlashRNN", "haste"], rows))
+    return "\n\n".join(parts)
+
+
 # ---- docs/results.md -----------------------------------------------------------------------------
 
 
@@ -308,6 +425,8 @@ TABLES = {
     "chapter": chapter,
     "speed": speed,
     "speed_amx": speed_amx,
+    "gpu": gpu,
+    "gpu_others": gpu_others,
     "gru": gru,
     "language_model_curves": language_model_curves,
     "language_model_speed": language_model_speed,

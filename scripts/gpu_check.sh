@@ -55,17 +55,16 @@ on_device() {  # a program that needs the device
   if [ "$dry" = 1 ]; then echo "not run: $*"; else "$@"; fi
 }
 tests() {
-  local more=()
+  local more=(--benchmark-disable)
   "$python" -c 'import xdist' 2>/dev/null && more+=(-n 8)
   [ "$dry" = 1 ] && more=(--collect-only)
   "$python" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$out/tests.xml" "${more[@]}" \
     tests/test_cuda.py tests/test_gpu.py
 }
-sanitize() {  # sanitize TOOL
+sanitize() {  # sanitize TOOL TESTS
   on_device compute-sanitizer --tool "$1" --error-exitcode 1 "$work/primitives" &&
     on_device compute-sanitizer --tool "$1" --error-exitcode 1 "$python" -m pytest -q -m gpu \
-      -p no:cacheprovider -p no:faulthandler tests/test_cuda.py \
-      -k "tf32_follows or empty_batch or 16_bit"
+      -p no:cacheprovider -p no:faulthandler tests/test_cuda.py -k "$2"
 }
 chapter() {
   on_device "$python" -c 'from lstmx.cli import app; app()' chapter --models 7,7-gru \
@@ -90,8 +89,8 @@ stage build 240 fatal build || { cat "$summary"; exit 1; }
 stage "compile primitives" 60 fatal compile_primitives &&
   stage primitives 30 fatal on_device "$work/primitives"
 stage tests 240 fatal tests
-stage memcheck 60 reported sanitize memcheck
-stage racecheck 60 reported sanitize racecheck
+stage memcheck 60 reported sanitize memcheck "tf32_follows or empty_batch or 16_bit"
+stage racecheck 60 reported sanitize racecheck "tf32_follows or empty_batch"
 if [ -n "${GPU_PROBE:-}" ]; then
   stage probe 470 reported on_device env PYTHON="$python" bash "$GPU_PROBE/run.sh" "$work/probe"
   cp "$work/probe/"*.jsonl "$out" 2>>"$log"

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lstmx
-from benchmarks import compare, harness, readme, report
+from benchmarks import compare, gpu_summary, harness, readme, report
 from benchmarks.__main__ import DEFAULT_PROVIDERS, main
 from benchmarks.calls import call, tensors
 from benchmarks.harness import as_json, measure, products_flop
@@ -333,8 +333,58 @@ def test_the_table_of_the_classifier(results):
     assert f"| 25 | 200 | {cells} |" in lines
 
 
+def gpu_case(provider, seconds, **values):
+    row = {"provider": provider, "median": seconds, "p20": seconds / 2, "p80": seconds * 2}
+    row |= {"cell": "lstm", "T": 2, "B": 3, "I": 4, "H": 5, "dtype": "bfloat16"}
+    return row | {"mode": "training", "weight_dropout": 0.0, "peak_bytes": 7} | values
+
+
+GPU = {"gpu": "abacus", "driver": "1", "cuda": "2", "cudnn": 3, "torch": "4", "python": "5"}
+
+
+def test_the_tables_of_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    rows = [
+        *(gpu_case(name, s) for name, s in (("torch", 3e-3), ("lstmx", 2e-3))),
+        *(gpu_case(f"{name}+graph", s) for name, s in (("torch", 1e-3), ("lstmx", 2e-3))),
+        *(
+            gpu_case(name, s, weight_dropout=0.5)
+            for name, s in (("torch", 8e-3), ("torch+reassigned", 6e-3), ("lstmx", 2e-3))
+        ),
+    ]
+    results = {"environment": GPU | {"commit": "c", "date": "d"}, "measurements": rows}
+    other = {key: rows[0][key] for key in ("cell", "T", "B", "I", "H", "dtype", "weight_dropout")}
+    other |= {"library": "flashrnn", "commit": "0123456789abcdef", "tf32": False, "note": "n"}
+    check = other | {"mode": "check", "max_error": 0.1}
+    other |= {"mode": "training", "padded_batch": 8, "variant": "", "graph": True}
+    other |= {"median_us": 4000.0, "p20_us": 3000.0, "p80_us": 5000.0}
+    measured, others, out = (tmp_path / name for name in ("m.json", "o.jsonl", "h200-summary.json"))
+    measured.write_text(json.dumps(results))
+    others.write_text(f"{json.dumps(check)}\n{json.dumps(other)}\n")
+    assert run(gpu_summary.main, out, measured, "--others", others) == (0, "")
+
+    cases = json.loads(out.read_text())["cases"]
+    assert len(cases) == len(rows) + 1
+    assert cases[3]["path"] == "stepwise, graph"
+    assert [cases[0][key] for key in ("mode", "median_ms", "p20", "p80")] == ["fwd+bwd", 3, 1.5, 6]
+    assert cases[-1]["provider"] == "flashrnn, batch padded to 8+graph"
+    lines = readme.gpu().splitlines()
+    assert "| training, bfloat16 | 1.50 (1.50) | 0.50 (0.50) |  |  |" in lines
+    assert "| training, bfloat16, weight dropout 0.5 | 3.00 (3.00) |  |  |  |" in lines
+    assert "| 2, 3, 4, 5 | 1.50 | 0.50 | 3.00 |  |  |  |" in lines
+    assert "| bfloat16, 2, 3, 4, 5 | 1.00 | 2.00 | 4.00 |  |" in readme.gpu_others().splitlines()
+
+    another = tmp_path / "another.json"
+    another.write_text(
+        json.dumps(results | {"environment": results["environment"] | {"cuda": "9"}})
+    )
+    status, output = run(gpu_summary.main, out, measured, another)
+    assert status == 2
+    assert "was measured with cuda '9'" in " ".join(output.replace("│", " ").split())
+
+
 @pytest.mark.usefixtures("results")
-@pytest.mark.parametrize("name", [name for name in readme.TABLES if "_" in name])
+@pytest.mark.parametrize("name", [name for name in readme.TABLES if "_" in name or name == "gpu"])
 def test_a_table_of_nothing(name):
     page = f"<!-- {name} -->\n<!-- /{name} -->"
     filled = readme.updated(page)

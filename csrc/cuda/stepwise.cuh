@@ -104,7 +104,8 @@ backward_step_kernel(BackwardStepParams p) {
       LSTMX_UNROLL for (int s = 0; s < kSaved; ++s) {
         const int64_t gate = (row * kSaved + s) * H + unit;
         saved[s] = widen(ref<Storage>(p.saved, gate));
-        if (row < p.next_rows && lane_index() % 16 == 0) prefetch(&ref<Storage>(p.next_saved, gate));
+        if (row < p.next_rows && lane_index() % 16 == 0)
+          prefetch(&ref<Storage>(p.next_saved, gate));
       }
       Cell::backward(saved, prev, next, dnext, dgates, dprev);
       LSTMX_UNROLL for (int k = 0; k < kStates; ++k) ref<V>(p.carry[k], inner) = dprev[k];

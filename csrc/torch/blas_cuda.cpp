@@ -1,10 +1,10 @@
-// cuBLAS itself, not ATen's mm: it takes the precision as an argument, and costs the host less time at
-// each step (docs/adr/0004-tf32.md).
-#include "blas.h"
-
+// cuBLAS itself, not ATen's mm: it takes the precision as an argument, and costs the host less time
+// at each step (docs/adr/0004-tf32.md).
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContextLight.h>
 #include <c10/cuda/CUDAException.h>
+
+#include "blas.h"
 
 namespace lstmx {
 namespace {
@@ -51,10 +51,9 @@ void Blas::multiply(const Product& p) const {
   const Operand a(p.a, p.a_row, p.a_column), b(p.b, p.b_row, p.b_column);
   // c^T = b^T a^T
   const auto status = cublasGemmStridedBatchedEx_64(
-      static_cast<cublasHandle_t>(handle_), b.turned, a.turned, p.n, p.m, p.k,
-      scalar(0), b.data, type, b.stride, p.b_next, a.data, type, a.stride, p.a_next,
-      scalar(1), p.c, result, p.c_row, p.c_next, p.count, compute,
-      CUBLAS_GEMM_DEFAULT);
+      static_cast<cublasHandle_t>(handle_), b.turned, a.turned, p.n, p.m, p.k, scalar(0), b.data,
+      type, b.stride, p.b_next, a.data, type, a.stride, p.a_next, scalar(1), p.c, result, p.c_row,
+      p.c_next, p.count, compute, CUBLAS_GEMM_DEFAULT);
   TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "lstmx: a product of ", p.m, " x ", p.k, " and ",
               p.k, " x ", p.n, " failed in cuBLAS: ", cublasGetStatusString(status));
 }

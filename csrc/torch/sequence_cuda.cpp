@@ -1,5 +1,5 @@
-// The sequence on a CUDA device, step by step: a product by cuBLAS and a kernel of csrc/cuda for each
-// step, everything that concerns all steps at once by one product. Nothing here waits for the
+// The sequence on a CUDA device, step by step: a product by cuBLAS and a kernel of csrc/cuda for
+// each step, everything that concerns all steps at once by one product. Nothing here waits for the
 // device or allocates other than through torch, so a CUDA graph can capture all of it.
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
@@ -46,8 +46,8 @@ struct CudaInputs : Inputs {
         Hp(padded(H)),
         Ip(padded(I)),
         // As torch's own recurrent nets, whatever the flag of other products says.
-        blas(dtype, dtype == DType::kFloat32 &&
-                        at::globalContext().allowTF32CuDNN(at::Float32Op::RNN)),
+        blas(dtype,
+             dtype == DType::kFloat32 && at::globalContext().allowTF32CuDNN(at::Float32Op::RNN)),
         cell(cuda::cell_kernels(kind, dtype)),
         kernels(cuda::dtype_kernels(dtype)) {}
 
@@ -92,8 +92,8 @@ struct CudaInputs : Inputs {
     const auto from = t.contiguous();
     if (K == Kp && is_aligned(from)) return from;
     auto to = empty({padded(rows), Kp});
-    check(kernels.prepare({1, rows, K, 0, {}, from.const_data_ptr(), to.mutable_data_ptr()},
-                          stream));
+    check(
+        kernels.prepare({1, rows, K, 0, {}, from.const_data_ptr(), to.mutable_data_ptr()}, stream));
     return to.narrow(0, 0, rows);
   }
   // And back.

@@ -22,8 +22,8 @@ void Blas::multiply(const Product& p) const {
   constexpr at::ScalarType types[kDTypes] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
   const auto type = types[static_cast<int>(dtype_)];
   const auto compute = dtype_ == DType::kFloat64 ? at::kDouble : at::kFloat;
-  const auto matrices = [&](const void* data, int64_t rows, int64_t columns, at::IntArrayRef strides,
-                            at::ScalarType dtype) {
+  const auto matrices = [&](const void* data, int64_t rows, int64_t columns,
+                            at::IntArrayRef strides, at::ScalarType dtype) {
     return at::from_blob(const_cast<void*>(data), {p.count, rows, columns}, strides,
                          at::TensorOptions(dtype));
   };
