@@ -154,9 +154,11 @@ void check_cell(CellKind kind) {
 TEST(lstm) { check_cell<Lstm>(CellKind::kLstm); }
 TEST(gru) { check_cell<Gru>(CellKind::kGru); }
 
+namespace {
+
 // Weights come back as they went, at rotated places, and a mask drops and scales the same entries.
-TEST(weights) {
-  constexpr int64_t G = 3, H = 5, K = 7;
+void check_weights(int64_t K) {
+  constexpr int64_t G = 3, H = 5;
   const Values weight = normal_values(G * H * K);
   const Buffer<float> dense(weight), back(G * H * K), mask(G * H * K);
   const Buffer<float> wide(G * padded(H) * padded(K));
@@ -185,6 +187,11 @@ TEST(weights) {
   for (int64_t e = 0; e < wide.size; ++e) sum_wide += std::fabs(wide.data[e]);
   CHECK_NEAR(sum, sum_wide, 1e-9);
 }
+
+}  // namespace
+
+TEST(weights) { check_weights(7); }
+TEST(weights_with_rows_longer_than_a_blocks_threads) { check_weights(1030); }
 
 TEST(a_failed_launch_is_told_and_the_next_one_works) {
   const Buffer<float> mask(8);
