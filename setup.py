@@ -59,7 +59,10 @@ if with_cuda() and glob("csrc/cuda/*.cu"):
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
     sources += glob("csrc/cuda/*.cu")
     extension = CUDAExtension
-    flags = {"cxx": [*cxx, *openmp, "-DLSTMX_WITH_CUDA"], "nvcc": ["-std=c++20", "-O3"]}
+    # The toolkit may come without cuBLAS's headers; the wheels that torch depends on have them.
+    wheels = glob(os.path.join(os.path.dirname(torch.__file__), "..", "nvidia", "*", "include"))
+    cxx += ["-DLSTMX_WITH_CUDA", *(f"-idirafter{path}" for path in wheels)]
+    flags = {"cxx": cxx + openmp, "nvcc": ["-std=c++20", "-O3"]}
 else:
     sources = [source for source in sources if not source.endswith("_cuda.cpp")]
 

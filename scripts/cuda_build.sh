@@ -19,11 +19,6 @@ export CUDA_HOME
 pip() { "$dir/venv/bin/python" -m pip -q "$@"; }
 pip install "$torch" wheel ninja pybind11 'setuptools>=77' numpy pytest pytest-benchmark pytest-timeout
 
-# The toolkit may come without the headers of the libraries; the wheels that torch links have them.
-site=$("$dir/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-CPATH=$(find "$site/nvidia" -type d -name include | paste -sd:)
-export CPATH
-
 LSTMX_CUDA=1 LSTMX_WERROR=1 pip install --no-build-isolation --no-deps .
 cp -r tests "$dir"  # from there the installed package is imported, not this tree's
 cp -r benchmarks pyproject.toml "$dir"
