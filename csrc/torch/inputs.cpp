@@ -73,7 +73,8 @@ Tensor Inputs::previous(int state, const Tensor& values) const {
 
 std::pair<Tensor, Tensor> Inputs::bias_grads(const Tensor& sums) const {
   const auto grad = [&](int64_t first, int64_t rotation) {
-    const auto gates = at::roll(sums.narrow(0, first, G), -rotation, 0);
+    auto gates = sums.narrow(0, first, G);
+    if (rotation != 0) gates = at::roll(gates, -rotation, 0);
     return gates.to(x.scalar_type(), /*non_blocking=*/false, /*copy=*/true).view({G * H});
   };
   return {grad(input_grads, input_rotation), grad(hidden_grads, 0)};
