@@ -184,12 +184,18 @@ def gpu() -> str:
         for group, found in ratios.items()
         if found
     ]
+    counted = []
+    for way, words in (("called", "as called"), ("graph", "in graphs")):
+        values = [
+            r for found in ratios.values() for c in columns if way in c for r in found.get(c, [])
+        ]
+        counted.append(f"{sum(r < 1 for r in values)} of {len(values)} {words}")
     names = ["LSTM, as called", "LSTM, graphs", "GRU, as called", "GRU, graphs"]
     parts = [_rows(["geometric mean (lowest)", *names], rows), gpu_cases("bfloat16")]
     parts.append(
-        f"{summary['device']}, driver {summary['driver']}, CUDA {summary['cuda']}, cuDNN "
-        f"{summary['cudnn']}, torch {summary['torch']}; all numbers: "
-        "[h200-summary](benchmarks/results/h200-summary.json)."
+        f"Below 1: {' and '.join(counted)}. {summary['device']}, driver {summary['driver']}, "
+        f"CUDA {summary['cuda']}, cuDNN {summary['cudnn']}, torch {summary['torch']}; "
+        "all numbers: [h200-summary](benchmarks/results/h200-summary.json)."
     )
     return "\n\n".join(parts)
 
