@@ -58,11 +58,10 @@ extension, flags = CppExtension, {"cxx": cxx + openmp}
 if with_cuda() and glob("csrc/cuda/*.cu"):
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
     sources += glob("csrc/cuda/*.cu")
+    # The toolkit may lack cuBLAS's headers; the wheels that torch depends on have them.
+    cxx += [f"-idirafter{path}" for path in glob(f"{torch.__path__[0]}/../nvidia/*/include")]
     extension = CUDAExtension
-    # The toolkit may come without cuBLAS's headers; the wheels that torch depends on have them.
-    wheels = glob(os.path.join(os.path.dirname(torch.__file__), "..", "nvidia", "*", "include"))
-    cxx += ["-DLSTMX_WITH_CUDA", *(f"-idirafter{path}" for path in wheels)]
-    flags = {"cxx": cxx + openmp, "nvcc": ["-std=c++20", "-O3"]}
+    flags = {"cxx": [*cxx, *openmp, "-DLSTMX_WITH_CUDA"], "nvcc": ["-std=c++20", "-O3"]}
 else:
     sources = [source for source in sources if not source.endswith("_cuda.cpp")]
 
@@ -76,6 +75,5 @@ class Build(BuildExtension):
             self.build_temp = "build/editable"
 
 
-options = {"extra_compile_args": flags, "extra_link_args": openmp, "extra_objects": objects}
-module = extension("lstmx._C", sorted(sources), **options)
-setup(ext_modules=[module], cmdclass={"build_ext": Build})
+more = {"extra_compile_args": flags, "extra_link_args": openmp, "extra_objects": objects}
+setup(ext_modules=[extension("lstmx._C", sorted(sources), **more)], cmdclass={"build_ext": Build})

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import report
-from benchmarks.harness import as_json, float32_precision, measure
+from benchmarks.harness import as_json, float32_products, measure
 from benchmarks.memory import Meter
 from lstmx.environment import environment, write_json
 from tests.cases import BENCHMARKS, CELLS, Case
@@ -141,16 +141,17 @@ def main(
                 left_out += 1
                 continue
             torch.set_num_threads(count)
-            float32_precision("tf32" if name == "tf32" else "ieee")
-            measured = measure(
-                case,
-                mode=kind,
-                dtype=torch.float32 if name == "tf32" else getattr(torch, name),
-                providers=able,
-                seconds=seconds,
-                device=device,
-                meter=meter,
-            )
+            precision = "tf32" if name == "tf32" else "ieee"
+            with float32_products(precision) if device == "cuda" else nullcontext():
+                measured = measure(
+                    case,
+                    mode=kind,
+                    dtype=torch.float32 if name == "tf32" else getattr(torch, name),
+                    providers=able,
+                    seconds=seconds,
+                    device=device,
+                    meter=meter,
+                )
             here = environment()
             for row in as_json(measured):
                 row |= {"dtype": name, "commit": here["commit"], "date": here["date"]}

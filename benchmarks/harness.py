@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -72,12 +73,18 @@ class Measurement:
     agrees: bool
 
 
-def float32_precision(name: str | None = None) -> str:
-    """Of products on a GPU, recurrent nets' and others: "ieee" or "tf32". Set if it is given."""
-    if name is not None:
-        torch.backends.cudnn.rnn.fp32_precision = name
-        torch.backends.cuda.matmul.fp32_precision = name
-    return torch.backends.cudnn.rnn.fp32_precision
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """On a GPU, of recurrent nets and of others: "ieee" or "tf32"."""
+    flags = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [flag.fp32_precision for flag in flags]
+    for flag in flags:
+        flag.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.fp32_precision = value
 
 
 def products_flop(case: Case, mode: str) -> float:
@@ -203,7 +210,8 @@ def _agree(got: list[Tensor], expected: list[Tensor], case: Case) -> None:
     """Raises AssertionError unless they do."""
     dtype = got[0].dtype
     tolerance = getattr(tolerances, str(dtype).removeprefix("torch.").upper())
-    if got[0].is_cuda and dtype == torch.float32 and float32_precision() == "tf32":
+    in_tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    if got[0].is_cuda and dtype == torch.float32 and in_tf32:
         tolerance = tolerances.TF32
     for a, b in zip(got, expected, strict=True):
         # The table's tolerances are for numbers near 1 and up to 33 steps; over more of them,

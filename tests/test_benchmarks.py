@@ -63,6 +63,16 @@ def test_measure(mode, dtype):
     assert rows[0].ratio == 1
 
 
+def test_the_precision_of_products_is_put_back():
+    """torch.export, for one, raises an error where the flags of cuDNN differ."""
+    flags = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [flag.fp32_precision for flag in flags]
+    with harness.float32_products("ieee"):
+        assert [flag.fp32_precision for flag in flags] == ["ieee", "ieee"]
+    assert [flag.fp32_precision for flag in flags] == before
+    torch.export.export(torch.nn.Linear(2, 2), (torch.randn(1, 2),))
+
+
 def test_flop_counts_the_products():
     case = Case("gru", T=2, B=3, I=5, H=7)
     assert products_flop(case, "forward") == 2 * (2 * 3) * (3 * 7) * (5 + 7)
