@@ -132,8 +132,8 @@ cudaError_t backward_step(const BackwardStepParams& p, cudaStream_t stream) {
 
 // ---- Weights -----------------------------------------------------------------------------------
 
-// Elements are handled four at a time, as one Philox block covers them; each thread has several
-// fours under way, or the memory would wait for the threads.
+// Elements are handled four at a time, as one Philox block covers them; each thread loads several
+// fours before it stores any.
 inline constexpr int kQuad = 4, kQuads = 4, kWeightThreads = 128;
 // Blocks of a column share out the rows, blocks of a row its quads.
 inline LaunchSize weight_size(int64_t rows, int64_t columns) {
@@ -191,7 +191,7 @@ class RowMask {
   V scale_ = 1;
 };
 
-// In 32 bits: a division in 64 would take as long as all the rest of a thread's work.
+// Of a row of all gates, in 32 bits, in which a GPU divides several times faster.
 struct GateRow {
   LSTMX_DEVICE GateRow(int64_t row, int64_t units)
       : gate(static_cast<unsigned>(row) / static_cast<unsigned>(units)),
