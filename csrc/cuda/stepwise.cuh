@@ -23,7 +23,9 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- A step ------------------------------------------------------------------------------------
 
-// A thread for each unit; the blocks of a column share out the rows.
+// A thread for each unit; the blocks of a column share out the rows. Whatever a thread reads is
+// asked for before any of it is used, be it only to widen it: each use before the last request is
+// one more wait for the memory.
 inline constexpr int kStepThreads = 128;
 inline LaunchSize step_size(int64_t rows, int64_t units) {
   constexpr int64_t kMaxGridY = 65535;
@@ -39,23 +41,26 @@ forward_step_kernel(ForwardStepParams p) {
   constexpr int G = Cell::kGates;
   const int64_t H = p.hidden, Hp = padded(H), unit = step_unit();
   if (unit >= H) return;
-  V b_ih[G], b_hh[G];
+  Storage b_ih[G] = {}, b_hh[G] = {};
   LSTMX_UNROLL for (int g = 0; g < G; ++g) {
-    b_ih[g] = p.b_ih ? V(widen(ref<Storage>(p.b_ih, g * H + unit))) : V(0);
-    b_hh[g] = p.b_hh ? V(widen(ref<Storage>(p.b_hh, g * H + unit))) : V(0);
+    if (p.b_ih) b_ih[g] = ref<Storage>(p.b_ih, g * H + unit);
+    if (p.b_hh) b_hh[g] = ref<Storage>(p.b_hh, g * H + unit);
   }
   for (int64_t row = block_y(); row < p.rows; row += grid_y()) {
     V x[G], h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
     LSTMX_UNROLL for (int g = 0; g < G; ++g) {
       const int64_t gate = (row * G + g) * Hp + unit;
-      x[g] = ref<V>(p.x_gates, gate) + b_ih[g];
-      h[g] = ref<V>(p.h_gates, gate) + b_hh[g];
+      x[g] = ref<V>(p.x_gates, gate);
+      h[g] = ref<V>(p.h_gates, gate);
       // Else the next step waits for the memory: x_gates of all steps are more than a cache holds.
       if (row < p.next_rows && lane_index() % 16 == 0) prefetch(&ref<V>(p.next_x_gates, gate));
     }
     const int64_t inner = row * H + unit;
-    prev[0] = widen(ref<Storage>(p.h, row * Hp + unit));
+    const Storage raw_h = ref<Storage>(p.h, row * Hp + unit);
     LSTMX_UNROLL for (int k = 1; k < Cell::kStates; ++k) prev[k] = ref<V>(p.carried[k], inner);
+
+    prev[0] = widen(raw_h);
+    LSTMX_UNROLL for (int g = 0; g < G; ++g) x[g] += widen(b_ih[g]), h[g] += widen(b_hh[g]);
     Cell::forward(x, h, prev, next, saved);
 
     if (p.next_h) narrow(next[0], ref<Storage>(p.next_h, row * Hp + unit));
@@ -78,39 +83,49 @@ backward_step_kernel(BackwardStepParams p) {
   constexpr int kStates = Cell::kStates, kGrads = Cell::kGrads, kSaved = Cell::kSaved;
   const int64_t H = p.hidden, Hp = padded(H), unit = step_unit();
   if (unit >= Hp) return;
+  const bool exists = unit < H;  // else padding: of zeros, which have zeros as gradients
   const int64_t all = p.rows > p.product_rows ? p.rows : p.product_rows;
   for (int64_t row = block_y(); row < all; row += grid_y()) {
-    V dgates[kGrads] = {};  // zero in the padding
-    if (unit < H) {
-      const int64_t inner = row * H + unit;
-      V dnext[kStates];
+    const int64_t inner = row * H + unit;
+    V product[Cell::kGates] = {}, dnext[kStates] = {};
+    Storage raw_saved[kSaved] = {}, raw_prev[kStates] = {}, raw_next[kStates] = {},
+            raw_dstates[kStates] = {};
+    if (exists) {
       LSTMX_UNROLL for (int k = 0; k < kStates; ++k) dnext[k] = ref<V>(p.carry[k], inner);
-      if (row < p.product_rows) {
-        LSTMX_UNROLL for (int g = 0; g < Cell::kGates; ++g) {
-          dnext[0] += ref<V>(p.product, (g * p.batch + row) * Hp + unit);
+      LSTMX_UNROLL for (int g = 0; g < Cell::kGates; ++g) {
+        if (row < p.product_rows) product[g] = ref<V>(p.product, (g * p.batch + row) * Hp + unit);
+      }
+      if (row < p.rows) {
+        LSTMX_UNROLL for (int s = 0; s < kSaved; ++s) {
+          const int64_t value = (row * kSaved + s) * H + unit;
+          raw_saved[s] = ref<Storage>(p.saved, value);
+          if (row < p.next_rows && lane_index() % 16 == 0)
+            prefetch(&ref<Storage>(p.next_saved, value));
+        }
+        LSTMX_UNROLL for (int k = 0; k < kStates; ++k) {
+          raw_prev[k] = ref<Storage>(row < p.previous_rows ? p.previous[k] : p.initial[k], inner);
+          raw_next[k] = ref<Storage>(p.states[k], inner);
+          if (p.dstates[k]) raw_dstates[k] = ref<Storage>(p.dstates[k], inner);
         }
       }
-      if (row >= p.rows) {
-        ref<V>(p.carry[0], inner) = dnext[0];
-        continue;
-      }
-      V prev[kStates], next[kStates], saved[kSaved], dprev[kStates];
-      LSTMX_UNROLL for (int k = 0; k < kStates; ++k) {
-        const void* from = row < p.previous_rows ? p.previous[k] : p.initial[k];
-        prev[k] = widen(ref<Storage>(from, inner));
-        next[k] = widen(ref<Storage>(p.states[k], inner));
-        if (p.dstates[k]) dnext[k] += V(widen(ref<Storage>(p.dstates[k], inner)));
-      }
-      LSTMX_UNROLL for (int s = 0; s < kSaved; ++s) {
-        const int64_t gate = (row * kSaved + s) * H + unit;
-        saved[s] = widen(ref<Storage>(p.saved, gate));
-        if (row < p.next_rows && lane_index() % 16 == 0)
-          prefetch(&ref<Storage>(p.next_saved, gate));
-      }
-      Cell::backward(saved, prev, next, dnext, dgates, dprev);
+    }
+
+    LSTMX_UNROLL for (int g = 0; g < Cell::kGates; ++g) dnext[0] += product[g];
+    if (row >= p.rows) {
+      if (exists) ref<V>(p.carry[0], inner) = dnext[0];
+      continue;
+    }
+    V saved[kSaved], prev[kStates], next[kStates], dgates[kGrads], dprev[kStates];
+    LSTMX_UNROLL for (int s = 0; s < kSaved; ++s) saved[s] = widen(raw_saved[s]);
+    LSTMX_UNROLL for (int k = 0; k < kStates; ++k) {
+      prev[k] = widen(raw_prev[k]);
+      next[k] = widen(raw_next[k]);
+      dnext[k] += V(widen(raw_dstates[k]));
+    }
+    Cell::backward(saved, prev, next, dnext, dgates, dprev);
+    if (exists) {
       LSTMX_UNROLL for (int k = 0; k < kStates; ++k) ref<V>(p.carry[k], inner) = dprev[k];
     }
-    if (row >= p.rows) continue;
     LSTMX_UNROLL for (int g = 0; g < kGrads; ++g) {
       narrow(dgates[g], ref<Storage>(p.dgates, (row * kGrads + g) * Hp + unit));
     }
@@ -132,14 +147,13 @@ cudaError_t backward_step(const BackwardStepParams& p, cudaStream_t stream) {
 
 // ---- Weights -----------------------------------------------------------------------------------
 
-// Elements are handled four at a time, as one Philox block covers them; each thread loads several
-// fours before it stores any.
-inline constexpr int kQuad = 4, kQuads = 4, kWeightThreads = 128;
+// Elements are handled four at a time, as one Philox block covers them.
+inline constexpr int kQuad = 4, kWeightThreads = 128;
 // Blocks of a column share out the rows, blocks of a row its quads.
 inline LaunchSize weight_size(int64_t rows, int64_t columns) {
   constexpr int64_t kMaxGridX = 1024, kMaxGridY = 65535;
   const int64_t quads = divide_up(columns, kQuad) + 1;  // a row may begin and end within one
-  return {static_cast<unsigned>(std::min(divide_up(quads, kQuads * kWeightThreads), kMaxGridX)),
+  return {static_cast<unsigned>(std::min(divide_up(quads, kWeightThreads), kMaxGridX)),
           static_cast<unsigned>(std::min(rows, kMaxGridY)), kWeightThreads};
 }
 LSTMX_DEVICE int64_t weight_thread() {
@@ -157,30 +171,27 @@ class RowMask {
     scale_ = V(rule_.scale);
   }
 
-  // Calls store(column, load(column) * factor) for this thread's elements of a row.
-  template <class Load, class Store>
-  LSTMX_DEVICE void apply(int64_t row, int64_t columns, Load load, Store store) const {
-    const uint64_t begin = row * columns, end = begin + columns, threads = weight_threads();
-    const auto each = [&](uint64_t quad, auto body) {
+  // to[k] = from[k] * factor for this thread's elements k of a row; from null: ones.
+  template <class From, class To>
+  LSTMX_DEVICE void apply(int64_t row, int64_t columns, const From* from, To* to) const {
+    const int64_t begin = row * columns, end = begin + columns;
+    for (int64_t quad = begin / kQuad + weight_thread(); quad * kQuad < end;
+         quad += weight_threads()) {
+      const int64_t first = quad * kQuad - begin;
+      const auto inside = [&](int i) { return first + i >= 0 && first + i < columns; };
+      V values[kQuad] = {};  // all loads before the first store, which might change the next
       LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
-        const uint64_t element = quad * kQuad + i;
-        if (element >= begin && element < end) body(i, static_cast<int64_t>(element - begin));
+        if (inside(i)) values[i] = from ? V(widen(from[first + i])) : V(1);
       }
-    };
-    for (uint64_t first = begin / kQuad + weight_thread(); first * kQuad < end;
-         first += kQuads * threads) {
-      V values[kQuads][kQuad];  // all loads before the first store, which might change the next
-      LSTMX_UNROLL for (int q = 0; q < kQuads; ++q) {
-        each(first + q * threads, [&](int i, int64_t column) { values[q][i] = load(column); });
-      }
-      LSTMX_UNROLL for (int q = 0; q < kQuads; ++q) {
-        const uint64_t quad = first + q * threads;
+      if (masked_) {
         auto block = philox_counter(quad);
-        if (masked_) philox4x32_10(block, rule_.seed);
-        each(quad, [&](int i, int64_t column) {
-          const bool kept = !masked_ || rule_.keeps(block.word[i]);
-          store(column, values[q][i] * (kept ? scale_ : V(0)));
-        });
+        philox4x32_10(block, rule_.seed);
+        LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
+          values[i] *= rule_.keeps(block.word[i]) ? scale_ : V(0);
+        }
+      }
+      LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
+        if (inside(i)) narrow(values[i], to[first + i]);
       }
     }
   }
@@ -216,9 +227,7 @@ prepare_kernel(WeightParams p) {
     if (exists) {
       const int64_t gate = rotated(to.gate, p.gates - p.rotation, p.gates);
       const int64_t row = gate * p.hidden + to.unit;
-      mask.apply(
-          row, K, [&](int64_t k) -> V { return widen(ref<Storage>(p.from, row * K + k)); },
-          [&](int64_t k, V value) { narrow(value, ref<Storage>(p.to, wide * Kp + k)); });
+      mask.apply(row, K, &ref<Storage>(p.from, row * K), &ref<Storage>(p.to, wide * Kp));
     }
     for (int64_t k = (exists ? K : 0) + weight_thread(); k < Kp; k += weight_threads()) {
       narrow(V(0), ref<Storage>(p.to, wide * Kp + k));
@@ -236,9 +245,7 @@ finish_kernel(WeightParams p) {
     const GateRow from(row, p.hidden);
     const int64_t gate = rotated(from.gate, p.rotation, p.gates);
     const int64_t wide = gate * padded(p.hidden) + from.unit;
-    mask.apply(
-        row, K, [&](int64_t k) { return ref<V>(p.from, wide * Kp + k); },
-        [&](int64_t k, V value) { narrow(value, ref<Storage>(p.to, row * K + k)); });
+    mask.apply(row, K, &ref<V>(p.from, wide * Kp), &ref<Storage>(p.to, row * K));
   }
 }
 
@@ -246,9 +253,7 @@ template <class V>
 LSTMX_KERNEL(kWeightThreads)
 mask_kernel(MaskParams p) {
   const RowMask<V> mask(p.dropout);
-  mask.apply(
-      0, p.count, [](int64_t) { return V(1); },
-      [&](int64_t element, V factor) { ref<V>(p.out, element) = factor; });
+  mask.apply(0, p.count, static_cast<const V*>(nullptr), &ref<V>(p.out, 0));
 }
 
 template <class Storage>
