@@ -42,16 +42,19 @@ struct BackwardStepParams {
   int64_t rows, product_rows, hidden, batch;
   int64_t previous_rows;             // rows from here on begin at this step
   const void* saved;                 // [rows, kSaved, H] storage
-  int64_t next_rows;                 // of the step that backward comes to next, 0 at the last one;
-  const void* next_saved;            // where its saved values lie, for the cache
   const void* states[kMaxStates];    // [rows, H] storage: y, c of this step
   const void* previous[kMaxStates];  // [previous_rows, H] storage: y, c of the step before
   const void* initial[kMaxStates];   // [B, H] storage
   const void* dstates[kMaxStates];   // [rows, H] storage: gradients of y, c; may be null
-  const void* product;               // [G, B, Hp] compute: each gate's part of what W_hh sends
-                                     // back from the step after, dgates W_hh
-  void* carry[kMaxStates];           // [B, H] compute: the states' gradients, changed in place
-  void* dgates;                      // [rows, kGrads, Hp] storage
+  // The same of the step that backward comes to next, for the cache, of rows below `next_rows`.
+  int64_t next_rows;
+  const void* next_saved;
+  const void* next_previous[kMaxStates];
+  const void* next_dstates[kMaxStates];
+  const void* product;      // [G, B, Hp] compute: each gate's part of what W_hh sends
+                            // back from the step after, dgates W_hh
+  void* carry[kMaxStates];  // [B, H] compute: the states' gradients, changed in place
+  void* dgates;             // [rows, kGrads, Hp] storage
 };
 
 struct CellKernels {

@@ -96,16 +96,19 @@ backward_step_kernel(BackwardStepParams p) {
         if (row < p.product_rows) product[g] = ref<V>(p.product, (g * p.batch + row) * Hp + unit);
       }
       if (row < p.rows) {
+        // Else the next step waits for the memory, which alone holds what forward has left.
+        const bool ahead = row < p.next_rows && lane_index() % 16 == 0;
         LSTMX_UNROLL for (int s = 0; s < kSaved; ++s) {
           const int64_t value = (row * kSaved + s) * H + unit;
           raw_saved[s] = ref<Storage>(p.saved, value);
-          if (row < p.next_rows && lane_index() % 16 == 0)
-            prefetch(&ref<Storage>(p.next_saved, value));
+          if (ahead) prefetch(&ref<Storage>(p.next_saved, value));
         }
         LSTMX_UNROLL for (int k = 0; k < kStates; ++k) {
           raw_prev[k] = ref<Storage>(row < p.previous_rows ? p.previous[k] : p.initial[k], inner);
           raw_next[k] = ref<Storage>(p.states[k], inner);
           if (p.dstates[k]) raw_dstates[k] = ref<Storage>(p.dstates[k], inner);
+          if (ahead) prefetch(&ref<Storage>(p.next_previous[k], inner));
+          if (ahead && p.dstates[k]) prefetch(&ref<Storage>(p.next_dstates[k], inner));
         }
       }
     }

@@ -235,9 +235,11 @@ BackwardResult sequence_backward_cuda(const SequenceArgs& args, const OutputGrad
     if (dlast[k]) carry[k].copy_(*dlast[k]);
   }
 
-  Walk walk(in.shape, /*backward=*/true);
+  Walk walk(in.shape, /*backward=*/true), ahead = walk;
+  ahead.advance();
   for (bool more = true; more;) {
     more = walk.advance();
+    ahead.advance();
     cuda::BackwardStepParams p{};
     p.rows = walk.rows, p.product_rows = walk.previous_rows, p.hidden = in.H, p.batch = in.B;
     // Backward comes to the step before in time only next.
@@ -247,11 +249,13 @@ BackwardResult sequence_backward_cuda(const SequenceArgs& args, const OutputGrad
       p.previous[k] = row_of(states[k], walk.next_offset, in.H);
       p.initial[k] = in.initial[k].const_data_ptr();
       p.dstates[k] = row_of(dstates[k], walk.offset, in.H);
+      p.next_previous[k] = row_of(states[k], ahead.next_offset, in.H);
+      p.next_dstates[k] = row_of(dstates[k], ahead.offset, in.H);
       p.carry[k] = carry[k].mutable_data_ptr();
     }
     p.saved = row_of(OptionalTensor(saved), walk.offset, in.saved * in.H);
-    p.next_rows = walk.next_rows;
-    p.next_saved = row_of(OptionalTensor(saved), walk.next_offset, in.saved * in.H);
+    p.next_rows = std::min(ahead.rows, ahead.next_rows);
+    p.next_saved = row_of(OptionalTensor(saved), ahead.offset, in.saved * in.H);
     p.product = sent_back.const_data_ptr();
     p.dgates = row_of(dgates, walk.offset, in.grads * in.Hp);
     in.check(in.cell.backward_step(p, in.stream));

@@ -74,6 +74,8 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q) {
     cuda::ForwardStepParams p{};
     p.rows = walk.rows, p.hidden = H;
     p.x_gates = x_gates.data.get() + walk.offset * G * Hp, p.h_gates = h_gates.data.get();
+    p.next_rows = walk.next_rows;
+    p.next_x_gates = x_gates.data.get() + walk.next_offset * G * Hp;
     p.b_ih = b_ih.data.get(), p.b_hh = b_hh.data.get();
     p.h = h.data.get(), p.next_h = h.data.get();
     for (int k = 0; k < S; ++k) {
@@ -87,9 +89,11 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q) {
   const Buffer<T> sent(G * B * Hp);
   std::vector<Buffer<T>> carry;
   for (int k = 0; k < S; ++k) carry.emplace_back(a.dlast[k]);
-  Walk back(shape, /*backward=*/true);
+  Walk back(shape, /*backward=*/true), ahead = back;
+  ahead.advance();
   for (bool more = true; more;) {
     more = back.advance();
+    ahead.advance();
     cuda::BackwardStepParams p{};
     p.rows = back.rows, p.product_rows = back.previous_rows, p.hidden = H, p.batch = B;
     p.previous_rows = std::min(back.rows, back.next_rows);
@@ -98,9 +102,13 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q) {
       p.previous[k] = states[k].data.get() + back.next_offset * H;
       p.initial[k] = initial[k].data.get();
       p.dstates[k] = dstates[k].data.get() + back.offset * H;
+      p.next_previous[k] = states[k].data.get() + ahead.next_offset * H;
+      p.next_dstates[k] = dstates[k].data.get() + ahead.offset * H;
       p.carry[k] = carry[k].data.get();
     }
     p.saved = saved.data.get() + back.offset * Cell::kSaved * H;
+    p.next_rows = std::min(ahead.rows, ahead.next_rows);
+    p.next_saved = saved.data.get() + ahead.offset * Cell::kSaved * H;
     p.product = sent.data.get();
     p.dgates = dgates.data.get() + back.offset * D * Hp;
     succeed(cell.backward_step(p, nullptr));
