@@ -107,7 +107,9 @@ def read_corpus(text: Path, work: Path, tokens: int, vocabulary: int) -> Any:
 def finish(result: dict[str, Any], json: Path | None, name: str = "language_model") -> None:
     """Writes what was measured with what it was measured on; ``name`` is the program's."""
     if json is not None:
-        command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
+        # Of a path that only this machine has, the last part.
+        words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+        command = " ".join([f"python -m benchmarks.{name}", *words])
         write_json({"command": command, "environment": environment(), **result}, json)
         console.print(f"numbers: {json}")
 

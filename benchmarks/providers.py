@@ -63,8 +63,7 @@ class _LowMemory:
     """The gates recomputed in backward: the ops offer it, the modules have no argument for it."""
 
     def _layer(self, *args: Any, **options: Any) -> Any:
-        # misc: a mixin, whose other base has _layer.
-        return super()._layer(*args, memory="low", **options)  # type: ignore[misc]
+        return super()._layer(*args, memory="low", **options)  # type: ignore[misc]  # a mixin
 
 
 class _LowMemoryLSTM(_LowMemory, lstmx.LSTM): ...

@@ -320,10 +320,9 @@ class LSTM(_RecurrentModule):
         nn.RNNBase.__init__(self, "LSTM", *args, **kwargs)
         self.weight_dropout = checked_probability(weight_dropout)
 
-    # torch widens its own base class's signatures in the same way.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
-    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]  # wider, as torch's
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]  # likewise
 
     @overload
     def forward(

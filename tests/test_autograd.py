@@ -3,8 +3,8 @@
 import pytest
 import torch
 from cases import CELLS, Case
+from torch import library
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
-from torch.library import opcheck
 
 import lstmx
 
@@ -113,9 +113,9 @@ def test_vmap_over_inputs_and_over_an_ensemble_of_weights(case):
 def test_opcheck_public_ops(case):
     inputs = list(case.inputs().values())
     op = getattr(torch.ops.lstmx, f"{case.cell}_sequence").default
-    opcheck(op, inputs, case.options() | {"memory": case.memory})
+    library.opcheck(op, inputs, case.options() | {"memory": case.memory})
     if case.cell == "lstm":
-        opcheck(op, inputs, case.options() | {"cell_states": True})
+        library.opcheck(op, inputs, case.options() | {"cell_states": True})
 
 
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
@@ -127,16 +127,18 @@ def test_opcheck_internal_ops(case):
     tail = [options[name] for name in ("batch_sizes", "reverse", "seed", "weight_dropout")]
     forward = torch.ops.lstmx._sequence_forward.default
     for save_gates in (True, False):
-        opcheck(forward, (*args, *tail, save_gates, True))
+        library.opcheck(forward, (*args, *tail, save_gates, True))
     y, h_n, _, c, saved = forward(*args, *tail, True, True)
     needed = [tensors.get(name) is not None for name in names]
     grads = [torch.randn_like(y), torch.randn_like(h_n), None, None]
-    opcheck(torch.ops.lstmx._sequence_backward.default, (*grads, *args, *tail, y, c, saved, needed))
+    library.opcheck(
+        torch.ops.lstmx._sequence_backward.default, (*grads, *args, *tail, y, c, saved, needed)
+    )
 
 
 def test_opcheck_weight_mask():
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        opcheck(
+        library.opcheck(
             torch.ops.lstmx.weight_mask.default, (torch.tensor(5), [8, 3], 0.5), {"dtype": dtype}
         )
 

@@ -1,12 +1,21 @@
 """The benchmark of the language model runs, compares like with like, and goes on where it was."""
 
 import json
+import re
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.language_model import ABLATIONS, TorchLayer, app, precisions_of_both, use_torch
+from benchmarks.language_model import (
+    ABLATIONS,
+    TorchLayer,
+    app,
+    finish,
+    precisions_of_both,
+    use_torch,
+)
+from benchmarks.readme import RESULTS
 from lstmx.text.awd_lstm import AWDLSTMConfig, AWDLSTMLanguageModel
 
 SMALL = "--embedding 8 --hidden 12 --layers 2 --vocabulary 100 --tokens 3000 --batch-size 8"
@@ -54,6 +63,18 @@ def test_speed(data, tmp_path):
             assert row[name]["tokens_per_second"]["median"] > 0
             assert set(row[name]["share"]) == {"layers", "decoder", "optimiser"}
     assert found["environment"]["torch"] == torch.__version__
+
+
+def test_the_command_that_is_written_names_no_place_of_this_machine(monkeypatch, tmp_path):
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(
+        "sys.argv", ["x", "speed", "a/b", "--work", str(tmp_path / "w"), "--bptt", "5"]
+    )
+    finish({}, out)
+    found = json.loads(out.read_text())
+    assert found["command"] == "python -m benchmarks.language_model speed a/b --work w --bptt 5"
+    for file in RESULTS.rglob("*.json*"):
+        assert not re.search(r"""[\s"'=]/\w+/""", file.read_text()), file
 
 
 def test_curves(data, tmp_path):
