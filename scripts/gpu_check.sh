@@ -122,8 +122,8 @@ stage "bf16, long, dropout" 60 fatal benchmark --dtype bfloat16 --mode dropout "
   "${long[@]}"
 stage "TF32, fp32, fp16" 150 fatal benchmark --dtype $tf32 --dtype float32 --dtype float16 \
   --mode training --mode forward "${both[@]}" "${some[@]}"
-stage "TF32, fp16, dropout" 60 fatal benchmark --dtype $tf32 --dtype float16 --mode dropout \
-  "${dropped[@]}" "${some[@]}"
+stage "TF32, fp32, fp16, dropout" 60 fatal benchmark --dtype $tf32 --dtype float32 \
+  --dtype float16 --mode dropout "${dropped[@]}" "${some[@]}"
 stage "fp16, long" 60 fatal benchmark --dtype float16 --mode training --mode forward "${both[@]}" \
   "${long[@]}"
 

@@ -200,8 +200,7 @@ LSTMX_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0
 
 #endif
 
-// ---- Copies from global to shared memory that arrive at the wait
-// ---------------------------------
+// ---- Copies from global to shared memory that arrive at the wait --------------------------------
 
 #if defined(LSTMX_EMULATED)
 
@@ -240,8 +239,7 @@ LSTMX_DEVICE void cp_async_wait() {
 
 #endif
 
-// ---- Matrices in the registers of a warp
-// ---------------------------------------------------------
+// ---- Matrices in the registers of a warp --------------------------------------------------------
 
 // d [16, 8] += a [16, k] b [k, 8], k = 16 for 16-bit types and 8 for TF32. Lane 4 g + q holds of d
 // rows g and g + 8, columns 2 q and 2 q + 1; of a and b what PTX's mma.sync says.
@@ -330,8 +328,7 @@ LSTMX_DEVICE void ldmatrix(uint32_t (&out)[kCount], const void* row) {
 
 #endif
 
-// ---- Between the blocks of a cooperative launch
-// ----------------------------------------------------
+// ---- Between the blocks of a cooperative launch -------------------------------------------------
 
 // What blocks tell each other goes through memory that nobody can dereference: stored and loaded in
 // units of 16 bits or more, ordered by release and acquire on a counter, never cached close to an

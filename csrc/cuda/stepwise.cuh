@@ -1,5 +1,5 @@
 // The kernels of the stepwise path, generic over cell and storage type: per step one product by
-// ATen and one of these; per sequence the weights' preparation and the sum for the biases.
+// cuBLAS and one of these; per sequence the weights' preparation and the sum for the biases.
 #pragma once
 
 #include <algorithm>
@@ -277,8 +277,7 @@ cudaError_t mask(const MaskParams& p, cudaStream_t stream) {
   return launch(mask_kernel<ComputeOf<Storage>>, weight_size(1, p.count), stream, p);
 }
 
-// ---- Sums of columns
-// -----------------------------------------------------------------------------
+// ---- Sums of columns ----------------------------------------------------------------------------
 
 inline constexpr int kSumWarps = 8, kSumThreads = 32 * kSumWarps;
 
