@@ -33,7 +33,7 @@ stage() {
     result="FAILED ($?)"
   fi
   [ "$result" = ok ] || [ "$weight" = reported ] || failed=1
-  printf '%-24s %4s s  %s\n' "$name" $((SECONDS - start)) "$result" | tee -a "$summary"
+  printf '%-26s %4s s  %s\n' "$name" $((SECONDS - start)) "$result" | tee -a "$summary"
   [ "$result" = ok ]
 }
 
