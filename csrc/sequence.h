@@ -62,7 +62,8 @@ struct SequenceBackwardParams {
   const void* saved;                // [N, kSaved*H] storage
   const void* dstates[kMaxStates];  // [N, H] storage: gradients of y, c; may be null
   const void* dlast[kMaxStates];    // [B, H] storage: gradients of the final states; may be null
-  void* dgates;                     // [N, kGrads*H] compute, or storage: as the kernels say
+  void* dgates;                     // [N, kGrads*H] compute, or storage: as the kernels say; of the
+                                    // same dtype and rows, it may be `saved` itself
   int64_t dgates_row;               // from one of its rows to the next
   void* dinitial[kMaxStates];       // [B, H] storage, or null
   void* dbias;                      // [kGrads*H] compute: column sums of dgates

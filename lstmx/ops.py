@@ -35,7 +35,10 @@ _ops: Any = torch.ops.lstmx if _extension.ERROR is None else _PlainOps
 
 
 def empty_cache() -> None:
-    """Gives the memory that the CPU kernels keep for later calls, at most 1 GiB, to the system."""
+    """Gives the memory that the CPU kernels keep for later calls to the system.
+
+    That is at most 4 GiB, and at most an eighth of the machine's memory.
+    """
     if _extension._C is not None:
         _extension._C.empty_cache()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case
+from providers import run
 
 import lstmx
 from lstmx import _C
@@ -51,6 +52,20 @@ def test_a_second_call_uses_what_the_first_one_left():
     for _ in range(5):
         forward()
     assert _C.cached_bytes() == held
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gradients_take_the_place_of_gates_computed_again(cell):
+    """A packed sequence goes back in one chunk, which has room for either."""
+    T, B, I, H = 64, 32, 32, 96
+    held = {}  # at most, as nothing goes back to the system meanwhile
+    for memory in ("high", "low"):
+        case = Case(cell, T, B, I, H, lengths=(T,) * B, memory=memory)
+        lstmx.empty_cache()
+        run("lstmx", case, torch.float32)
+        held[memory] = _C.cached_bytes()
+    gates = T * B * 4 * H * 4
+    assert gates < held["low"] < held["high"] - gates / 4
 
 
 def test_two_forwards_before_one_backward():

@@ -64,6 +64,8 @@ struct CpuInputs : Inputs {
     return gates(initial[0], kept_w_hh()).mul_(scale());
   }
 
+  bool saved_in_compute() const { return compute == x.scalar_type(); }
+
   // W_hh with zeros where it is dropped, not scaled.
   Tensor kept_w_hh() const;
   double scale() const { return dropout.p < 1 ? 1 / (1 - dropout.p) : 0; }
@@ -121,17 +123,18 @@ void forward_one_step(const CpuInputs& in, void* const* states, void* const* las
 
 // The recurrence over some of the rows. `saved` is [rows, kSaved * H] or empty.
 struct Recurrence {
-  Recurrence(const CpuInputs& in, const SequenceShape& shape, const Tensor& x, const Tensor& saved)
+  // `fused`: whether it had better multiply the input itself.
+  Recurrence(const CpuInputs& in, const SequenceShape& shape, const Tensor& x, const Tensor& saved,
+             bool fused)
       : params(forward_params<SequenceForwardParams>(in, shape, saved)) {
-    if (in.cell.fuses_input(shape, x.size(1), in.threads)) {
+    if (fused) {
       params.shape.inputs = x.size(1);
       params.x = x.const_data_ptr();
       params.w_ih = in.w_ih.const_data_ptr();
     } else {
       // x W_ih^T goes where the activated gates will be, if they are kept in the same dtype.
-      x_gates = params.saved && in.compute == x.scalar_type()
-                    ? saved.narrow(1, 0, in.G * in.H)
-                    : in.empty_compute({x.size(0), in.G * in.H});
+      x_gates = params.saved && in.saved_in_compute() ? saved.narrow(1, 0, in.G * in.H)
+                                                      : in.empty_compute({x.size(0), in.G * in.H});
       in.product(in.kernels.gates, x, in.w_ih.t(), x_gates);
       params.x_gates = x_gates.const_data_ptr();
       params.x_gates_stride = x_gates.stride(0);
@@ -158,8 +161,9 @@ ForwardResult sequence_forward_cpu(const SequenceArgs& args, bool save_gates, bo
   if (in.shape.steps == 1) {
     forward_one_step(in, states, last, saved);
   } else {
-    Recurrence forward(in, in.shape, in.x_rows(),
-                       save_gates ? saved.view({in.N, in.saved * in.H}) : saved);
+    const auto x = in.x_rows();
+    Recurrence forward(in, in.shape, x, save_gates ? saved.view({in.N, in.saved * in.H}) : saved,
+                       in.cell.fuses_input(in.shape, x.size(1), in.threads));
     for (int k = 0; k < in.states; ++k) {
       forward.params.states[k] = states[k], forward.params.last[k] = last[k];
     }
@@ -181,6 +185,9 @@ class Backward {
         states_{y.contiguous(), c.contiguous()},
         saved_(saved.contiguous()),
         recompute_(saved.numel() == 0 && in.N > 0),
+        dgates_row_(dgates_row()),
+        dgates_over_saved_(recompute_ && dgates_row_ == in.saved * in.H &&
+                           dgates_dtype() == in.x.scalar_type()),
         chunks_(chunks()),
         need_x_(needed[0]),
         need_initial_{needed[1], needed[2]},
@@ -216,27 +223,51 @@ class Backward {
   }
 
  private:
-  // Chunks save memory for rows, and take some for packed weights and for sums in the computing
-  // type. Where that pays, they are so many that the one is half of the other; and each has so many
-  // rows that what is done once for each does not count.
+  // The fewest that need about the least memory: they save it for rows, and take some for sums in
+  // the computing type, which are there while weights are packed again. Each has so many rows that
+  // what is done once for each does not count.
   int64_t chunks() const {
     if (in_.shape.batch_sizes || in_.B == 0) return 1;
-    const int64_t storage = in_.x.element_size(), compute = c10::elementSize(in_.compute);
-    const int64_t grad = in_.kernels.dgates_in_storage ? storage : compute;
-    const int64_t gates = in_.grads * grad + (recompute_ ? in_.saved * storage : 0);
-    const int64_t saves = in_.N * (gates + storage + grad) * in_.H;  // with what dW_hh is made of
-    const int64_t w_hh = in_.w_hh.numel(), weights = in_.w_ih.numel() + w_hh;
-    const int64_t takes = (recompute_ ? weights : w_hh) * grad + weights * (compute - storage);
-    const int64_t worthwhile = by_unit() ? 2048 : 512;
+    const int64_t compute = c10::elementSize(in_.compute);
+    const int64_t worthwhile = by_unit() ? 1024 : 512;
     const int64_t least =
         recompute_ ? 256 : std::max(worthwhile, (4 << 20) / (in_.grads * in_.H * compute));
-    const int64_t most = std::min<int64_t>({in_.N / least, in_.shape.steps, 8});
-    const int64_t wanted = 2 * saves / takes;
-    return wanted < 3 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1));
+    const int64_t most =
+        std::clamp<int64_t>(in_.N / least, 1, std::min<int64_t>(in_.shape.steps, 8));
+    int64_t best = peak_bytes(1);
+    for (int64_t count = 2; count <= most; ++count) best = std::min(best, peak_bytes(count));
+    int64_t fewest = 1;
+    while (peak_bytes(fewest) > best + best / 10) ++fewest;
+    return fewest;
+  }
+
+  // What so many chunks hold at once, beside what any number does.
+  int64_t peak_bytes(int64_t count) const {
+    const int64_t rows = (in_.shape.steps + count - 1) / count * in_.B;
+    const int64_t storage = in_.x.element_size(), grad = c10::elementSize(dgates_dtype());
+    const int64_t w_hh = in_.w_hh.numel(), weights = in_.w_ih.numel() + w_hh;
+    const int64_t sums = weights * (count > 1 ? c10::elementSize(in_.compute) : storage);
+    const int64_t before = count > 1 ? sums : 0;  // those of the chunks before
+    const int64_t saved = recompute_ ? rows * in_.saved * in_.H * storage : 0;
+    const int64_t dgates = rows * dgates_row_ * grad;
+    const int64_t again =
+        saved + rows * in_.H * storage + (in_.saved_in_compute() ? w_hh : weights) * grad + before;
+    const int64_t steps = dgates + (dgates_over_saved_ ? 0 : saved) + w_hh * grad + before;
+    const int64_t products = dgates + rows * std::max(in_.x.size(-1), in_.H) * grad + sums;
+    return std::max({recompute_ ? again : 0, steps, products});
   }
 
   bool by_unit() const {
     return in_.kernels.dgates_in_storage && in_.x.element_size() == 2 && cpu::matrix_unit.multiply;
+  }
+
+  at::ScalarType dgates_dtype() const {
+    return in_.kernels.dgates_in_storage ? in_.x.scalar_type() : in_.compute;
+  }
+  // The matrix unit reads whole lines of the cache.
+  int64_t dgates_row() const {
+    const int64_t line = by_unit() ? 64 / in_.x.element_size() : 1;
+    return (in_.grads * in_.H + line - 1) / line * line;
   }
 
   struct Steps {
@@ -262,12 +293,12 @@ class Backward {
     p.shape = in_.shape;
     if (!whole) p.shape.steps = count / B;
     auto saved = recompute_ ? gates(steps) : rows(saved_);
-    // The matrix unit reads whole lines of the cache.
-    const int64_t line = by_unit() ? 64 / in_.x.element_size() : 1;
-    const int64_t dgates_row = (in_.grads * H + line - 1) / line * line;
-    auto dgates = (in_.kernels.dgates_in_storage ? in_.empty({count, dgates_row})
-                                                 : in_.empty_compute({count, dgates_row}))
-                      .narrow(1, 0, in_.grads * H);
+    // Backward reads a row's gates before it writes their gradients.
+    const auto dgates_rows =
+        dgates_over_saved_
+            ? saved
+            : empty_cached({count, dgates_row_}, in_.x.options().dtype(dgates_dtype()));
+    const auto dgates = dgates_rows.narrow(1, 0, in_.grads * H);
     auto dbias = in_.empty_compute({in_.grads * H});
     p.dropout = in_.dropout;
     const bool one_step = in_.shape.steps == 1;  // it does not pay for packing W_hh
@@ -284,7 +315,7 @@ class Backward {
       p.dinitial[k] = dinitial[k].defined() ? dinitial[k].mutable_data_ptr() : nullptr;
     }
     p.saved = saved.const_data_ptr();
-    p.dgates = dgates.mutable_data_ptr(), p.dgates_row = dgates_row;
+    p.dgates = dgates.mutable_data_ptr(), p.dgates_row = dgates_row_;
     p.dbias = dbias.mutable_data_ptr();
     p.packed = workspace_.defined();
     if (!p.packed) workspace_ = in_.workspace(in_.cell.backward_workspace, in_.shape);
@@ -381,7 +412,11 @@ class Backward {
     for (int k = 0; k < in_.states; ++k) found.push_back(previous(k, steps));
     const int64_t most = std::min(count, kRowsAtOnce);
     const auto states = in_.empty({most, H});  // which are known
-    Recurrence forward(in_, {1, most, H, nullptr, false}, x, saved);
+    const SequenceShape shape = {1, most, H, nullptr, false};
+    // Unless in `saved`, x's gates would take more than packed weights do.
+    const bool fused =
+        !in_.saved_in_compute() && in_.cell.fuses_input(shape, x.size(1), in_.threads);
+    Recurrence forward(in_, shape, x, saved, fused);
     auto& p = forward.params;
     const auto row_of = [](const Tensor& t, int64_t row) {
       return static_cast<char*>(t.data_ptr()) + row * t.stride(0) * t.element_size();
@@ -404,6 +439,8 @@ class Backward {
   const Tensor states_[kMaxStates];  // y, c
   const Tensor saved_;
   const bool recompute_;
+  const int64_t dgates_row_;      // elements from one of its rows to the next
+  const bool dgates_over_saved_;  // the gates' gradients take the place of gates computed again
   const int64_t chunks_;
   const bool need_x_, need_initial_[kMaxStates], need_w_ih_, need_w_hh_;
   OptionalTensor dstates_[kMaxStates], dlast_[kMaxStates];
