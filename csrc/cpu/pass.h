@@ -43,8 +43,10 @@ class Carver {
 // Fetches elements into the second-level cache.
 template <class T>
 LSTMX_INLINE void fetch_run(const T* from, int64_t count) {
-  const auto* bytes = reinterpret_cast<const char*>(from);
-  for (int64_t i = 0; i < count * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(bytes + i, 0, 2);
+  const auto begin = reinterpret_cast<uintptr_t>(from), end = begin + count * sizeof(T);
+  for (auto line = begin / 64 * 64; line < end; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(line), 0, 2);
+  }
   asm volatile("");  // gcc leaves out calls of functions that only fetch
 }
 
