@@ -95,7 +95,10 @@ LSTMX_CALL void multiply_tile(const O* a, int64_t lda, const O* panel, int64_t d
     }
   }
   const auto multiply_row = [&](int64_t k, int s) __attribute__((always_inline)) {
-    if constexpr (kRows >= kVectors) __builtin_prefetch(ahead.data + k * ahead.step);
+    if constexpr (kRows >= kVectors) {
+      for (int64_t i = 0; i < ahead.step; i += 64)
+        __builtin_prefetch(ahead.data + k * ahead.step + i);
+    }
     V b[kVectors];
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) {
