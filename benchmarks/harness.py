@@ -93,7 +93,7 @@ def products_flop(case: Case, mode: str) -> float:
     return forward * (1 if mode == "forward" else 3)
 
 
-def _captured(run: Call) -> Call:
+def captured(run: Call) -> Call:
     """The call as a CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # what is done only once must not be captured
@@ -283,7 +283,7 @@ def measure(
         elif meter is not None:
             peak_bytes[name] = meter.peak_bytes(case, mode, name, dtype)
         if name.endswith("+graph"):
-            calls[name] = _captured(calls[name])
+            calls[name] = captured(calls[name])
 
     peak = gemm_peak(dtype, device)
     estimates = {

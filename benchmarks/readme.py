@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from benchmarks import report
@@ -164,13 +165,16 @@ def gpu() -> str:
     if not (RESULTS / "h200-summary.json").exists():
         return ABSENT
     summary, times = _gpu_times()
-    ratios: dict[tuple, dict[str, list[float]]] = {}
+    columns = [(cell, way) for cell in ("lstm", "gru") for way in ("as called", "in graphs")]
+    ratios: dict[tuple, dict[tuple[str, str], list[float]]] = {}
+    slower, all_of = Counter[str](), Counter[str]()
     for (dtype, mode, p, cell, *_), of_case in times.items():
-        found = ratios.setdefault((dtype, mode, p), {})
-        for way, ratio in zip(("called", "graph"), _gpu_ratios(of_case), strict=True):
+        for way, ratio in zip(("as called", "in graphs"), _gpu_ratios(of_case), strict=True):
             if ratio is not None:
-                found.setdefault(f"{cell} {way}", []).append(ratio)
-    columns = ("lstm called", "lstm graph", "gru called", "gru graph")
+                group = ratios.setdefault((dtype, mode, p), {})
+                group.setdefault((cell, way), []).append(ratio)
+                slower[way] += ratio < 1
+                all_of[way] += 1
     rows = [
         [
             _gpu_words(*group),
@@ -182,14 +186,8 @@ def gpu() -> str:
             ),
         ]
         for group, found in ratios.items()
-        if found
     ]
-    counted = []
-    for way, words in (("called", "as called"), ("graph", "in graphs")):
-        values = [
-            r for found in ratios.values() for c in columns if way in c for r in found.get(c, [])
-        ]
-        counted.append(f"{sum(r < 1 for r in values)} of {len(values)} {words}")
+    counted = [f"{slower[way]} of {count} {way}" for way, count in all_of.items()]
     names = ["LSTM, as called", "LSTM, graphs", "GRU, as called", "GRU, graphs"]
     parts = [_rows(["geometric mean (lowest)", *names], rows), gpu_cases("bfloat16")]
     parts.append(

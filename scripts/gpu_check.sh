@@ -5,7 +5,8 @@
 # keeps what it has, and prints a table of the stages last. Exit status 1 if a stage failed that
 # must not: a tool that does not work on the machine is reported, not fatal.
 # LSTMX_TEXT=DIR: train.txt, valid.txt and test.txt for the language model. GPU_PROBE=DIR also runs
-# DIR/run.sh. LSTMX_DRY_RUN=1 goes through the stages without a GPU.
+# DIR/run.sh. LSTMX_COMMIT says what was measured, where the tree has come without its history.
+# LSTMX_DRY_RUN=1 goes through the stages without a GPU.
 set -u
 if [ $# -lt 1 ]; then echo "usage: gpu_check.sh OUTDIR [MINUTES]" >&2; exit 64; fi
 mkdir -p "$1" || exit 64
@@ -58,13 +59,15 @@ tests() {
   local more=(--benchmark-disable)
   "$python" -c 'import xdist' 2>/dev/null && more+=(-n 8)
   [ "$dry" = 1 ] && more=(--collect-only)
-  "$python" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$out/tests.xml" "${more[@]}" \
-    tests/test_cuda.py tests/test_gpu.py
+  "$python" -m pytest -q -m gpu -p no:cacheprovider "${more[@]}" tests/test_cuda.py tests/test_gpu.py
 }
 sanitize() {  # sanitize TOOL TESTS
   on_device compute-sanitizer --tool "$1" --error-exitcode 1 "$work/primitives" &&
     on_device compute-sanitizer --tool "$1" --error-exitcode 1 "$python" -m pytest -q -m gpu \
       -p no:cacheprovider -p no:faulthandler tests/test_cuda.py -k "$2"
+}
+step_profile() {
+  on_device "$python" -m benchmarks.step_profile --json "$out/step-profile.json"
 }
 chapter() {
   on_device "$python" -c 'from lstmx.cli import app; app()' chapter --models 7,7-gru \
@@ -82,7 +85,8 @@ benchmark() {  # benchmark OPTIONS...
 }
 
 export out python dry work
-export -f describe build compile_primitives on_device tests sanitize chapter language_model benchmark
+export -f describe build compile_primitives on_device tests sanitize step_profile chapter
+export -f language_model benchmark
 
 stage describe 30 reported describe
 stage build 240 fatal build || { cat "$summary"; exit 1; }
@@ -114,6 +118,7 @@ stage "bf16" 120 fatal benchmark --dtype bfloat16 --mode training --mode forward
   "${both[@]}" "${short[@]}"
 stage "bf16, dropout" 100 fatal benchmark --dtype bfloat16 --mode dropout "${dropped[@]}" \
   "${short[@]}"
+stage "profile of a step" 60 reported step_profile
 stage chapter 60 reported chapter
 stage "language model" 60 reported language_model
 stage "bf16, long" 60 fatal benchmark --dtype bfloat16 --mode training --mode forward \

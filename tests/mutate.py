@@ -118,6 +118,7 @@ BINDING = [
     Mutation(CUDA, "in.prepare(in.w_ih, in.input_rotation)", "in.prepare(in.w_ih, 0)"),
     Mutation(CUDA, "in.finish(grad, in.I, in.input_rotation)", "in.finish(grad, in.I, 0)"),
     Mutation(CUDA, "in.previous(1, c)", "in.previous(1, y)"),
+    Mutation(CUDA, "row_of(saved, row, in.saved * in.H)", "row_of(saved, 0, in.saved * in.H)"),
     Mutation(CUDA, "step.b_next = in.Hp * in.Hp", "step.b_next = 0"),
     Mutation("cuda/kernels.h", "kPad = 16", "kPad = 1"),
     Mutation("torch/composite.cpp", "kept.to(dtype).mul(p < 1 ? 1 / (1 - p) : 0.0)", "kept.to(dtype)"),

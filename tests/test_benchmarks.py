@@ -12,12 +12,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lstmx
-from benchmarks import compare, gpu_summary, harness, readme, report
+from benchmarks import compare, gpu_summary, harness, readme, report, step_profile
 from benchmarks.__main__ import DEFAULT_PROVIDERS, main
 from benchmarks.calls import call, tensors
 from benchmarks.harness import as_json, measure, products_flop
 from benchmarks.memory import Meter
 from benchmarks.providers import NAMES, make
+from benchmarks.step_profile import Kernel
+from lstmx.environment import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -391,6 +393,43 @@ def test_the_tables_of_a_gpu(monkeypatch, tmp_path):
     status, output = run(gpu_summary.main, out, measured, another)
     assert status == 2
     assert "was measured with cuda '9'" in " ".join(output.replace("│", " ").split())
+
+
+def test_what_a_step_is_made_of():
+    """Two calls of two steps and a sum, which the profiler does not tell in order."""
+    kernels = [
+        Kernel(name, call + begin, call + begin + took)
+        for call in (1000.0, 0.0)
+        for name, begin, took in (
+            ("product", 0.0, 4.0),
+            ("cell", 5.0, 2.0),
+            ("product", 8.0, 4.0),
+            ("cell", 13.0, 3.0),
+            ("sum", 16.0, 1.0),
+        )
+    ]
+    found = step_profile.summary(kernels, calls=2)
+    assert (found["call_us"], found["idle_us"], found["between_us"]) == (17, 3, 1)
+    assert found["kernels"] == [
+        {"name": "product", "count": 2, "each_us": 4, "sum_us": 8},
+        {"name": "cell", "count": 2, "each_us": 2.5, "sum_us": 5},
+        {"name": "sum", "count": 1, "each_us": 1, "sum_us": 1},
+    ]
+    with pytest.raises(ValueError, match="10 kernels are not those of 3 equal calls"):
+        step_profile.summary(kernels, calls=3)
+
+
+def test_a_tree_without_its_history_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("LSTMX_COMMIT", "0123456789ab")
+    assert environment()["commit"] == "0123456789ab"
+
+
+def test_a_profile_of_steps_needs_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, output = run(step_profile.main, "--json", tmp_path / "profile.json")
+    assert status == 2
+    assert "needs a GPU" in output
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("results")

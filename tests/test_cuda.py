@@ -40,7 +40,7 @@ def rnn_precision(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", cases.PARITY, ids=str)
+@pytest.mark.parametrize("case", cases.PARITY + cases.CUDA_PATHS, ids=str)
 def test_float64_equals_reference(backend, case):
     assert_same(run_on(backend, case), run("reference", case), **FLOAT64)
 

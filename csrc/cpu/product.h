@@ -96,8 +96,8 @@ LSTMX_CALL void multiply_tile(const O* a, int64_t lda, const O* panel, int64_t d
   }
   const auto multiply_row = [&](int64_t k, int s) __attribute__((always_inline)) {
     if constexpr (kRows >= kVectors) {
-      for (int64_t i = 0; i < ahead.step; i += 64)
-        __builtin_prefetch(ahead.data + k * ahead.step + i);
+      const char* lines = ahead.data + k * ahead.step;
+      for (int64_t i = 0; i < ahead.step; i += 64) __builtin_prefetch(lines + i);
     }
     V b[kVectors];
 #pragma GCC unroll 4

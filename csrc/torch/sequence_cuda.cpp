@@ -181,24 +181,36 @@ ForwardResult sequence_forward_cuda(const SequenceArgs& args, bool save_gates, b
           none(saved)};
 }
 
-// The gates, from the states alone: all steps at once, as one step of N rows.
+// Of gates computed again: enough to fill the device, few enough for what they are made of not to
+// take more memory than it saves.
+constexpr int64_t kRowsAtOnce = 2048;
+
+// The gates, from the states alone. No row waits for another: many at a time make one step.
 Tensor recompute_gates(const CudaInputs& in, const Tensor& x_operand, const Tensor& h_prev,
                        const Tensor& c) {
   auto saved = in.empty({in.N, in.saved, in.H});
-  const auto x_gates = in.x_gates(x_operand), h_gates = in.empty_compute({in.N, in.G * in.Hp});
-  in.product(h_prev, in.prepare(in.w_hh, 0, in.dropout).t(), h_gates);
-  Tensor c_prev;
-  cuda::ForwardStepParams p{};
-  p.rows = in.N, p.hidden = in.H;
-  p.x_gates = x_gates.const_data_ptr(), p.h_gates = h_gates.const_data_ptr();
-  p.b_ih = data_or_null(in.b_ih), p.b_hh = data_or_null(in.b_hh);
-  p.h = h_prev.const_data_ptr();
-  if (in.states > 1) {
-    c_prev = in.previous(1, c).to(in.compute);
-    p.carried[1] = c_prev.mutable_data_ptr();
+  const auto w_ih_t = in.prepare(in.w_ih, 0).t();
+  const auto w_hh_t = in.prepare(in.w_hh, 0, in.dropout).t();
+  const int64_t most = std::min(in.N, kRowsAtOnce);
+  const auto x_gates = in.empty_compute({most, in.G * in.Hp}), h_gates = at::empty_like(x_gates);
+  const auto c_prev = in.states > 1 ? in.previous(1, c) : Tensor();
+  for (int64_t row = 0; row < in.N; row += most) {
+    const int64_t rows = std::min(most, in.N - row);
+    in.product(x_operand.narrow(0, row, rows), w_ih_t, x_gates.narrow(0, 0, rows));
+    in.product(h_prev.narrow(0, row, rows), w_hh_t, h_gates.narrow(0, 0, rows));
+    cuda::ForwardStepParams p{};
+    p.rows = rows, p.hidden = in.H;
+    p.x_gates = x_gates.const_data_ptr(), p.h_gates = h_gates.const_data_ptr();
+    p.b_ih = data_or_null(in.b_ih), p.b_hh = data_or_null(in.b_hh);
+    p.h = row_of(OptionalTensor(h_prev), row, in.Hp);
+    Tensor carried;
+    if (in.states > 1) {
+      carried = c_prev.narrow(0, row, rows).to(in.compute);
+      p.carried[1] = carried.mutable_data_ptr();
+    }
+    p.saved = row_of(saved, row, in.saved * in.H);
+    in.check(in.cell.forward_step(p, in.stream));
   }
-  p.saved = saved.mutable_data_ptr();
-  in.check(in.cell.forward_step(p, in.stream));
   return saved;
 }
 
