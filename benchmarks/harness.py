@@ -102,7 +102,7 @@ def captured(run: Call) -> Call:
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = run()
+        results = [result.detach() for result in run()]
 
     def replay() -> list[Tensor]:
         graph.replay()
@@ -176,15 +176,18 @@ def _device_peak_bytes(run: Call) -> int:
 
 
 def _results(module: nn.Module, run: Call, case: Case, device: torch.device) -> list[Tensor]:
-    """Of one call, under the mask that all modules draw here."""
+    """Of one call, under the mask that all modules draw here.
+
+    Detached: what keeps a graph of autograd alive also keeps its streams, for other calls' graphs.
+    """
     torch.manual_seed(1)
     if not isinstance(module, DroppedWeight):
-        return run()
+        return [result.detach() for result in run()]
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device)[0]
     size = (GATES[case.cell] * case.H, case.H)
     dtype = next(module.parameters()).dtype
     module.mask = reference.weight_mask(seed, size, case.weight_dropout, dtype=dtype)
-    results = run()
+    results = [result.detach() for result in run()]
     module.mask = None
     return results
 

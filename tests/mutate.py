@@ -91,11 +91,11 @@ CPP = [
     Mutation(STEP, "ref<V>(p.carry[k], inner) = dprev[k]", "ref<V>(p.carry[k], inner) = dnext[k]"),
     Mutation(STEP, "row < p.previous_rows ?", "row <= p.previous_rows ?"),
     Mutation(STEP, "rule_.keeps(block.word[i]) ? scale_ : V(0)", "scale_"),
-    Mutation(STEP, "philox_counter(quad)", "philox_counter(quad - begin / kQuad)"),
+    Mutation(STEP, "philox_counter(begin / kQuad + quad)", "philox_counter(quad)"),
     Mutation(STEP, "rotated(from.gate, p.rotation, p.gates)", "from.gate"),
     Mutation(STEP, "rotated(to.gate, p.gates - p.rotation, p.gates)", "to.gate"),
     Mutation(STEP, "narrow(V(0), ref<Storage>(p.to, wide * Kp + k));", ""),
-    Mutation(STEP, "sync_block();\n  if (warp_index()", "if (warp_index()"),
+    Mutation(STEP, "sync_block();\n  if (warp > 0", "if (warp > 0"),
 ]
 BINDING = [
     Mutation(TORCH, "if (i + 1 == chunks_) more.dropout", "if (i == 0) more.dropout"),

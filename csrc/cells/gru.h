@@ -12,6 +12,7 @@ struct Gru {
   static constexpr int kStates = 1;  // h
   static constexpr int kSaved = 4;   // r z n, activated, and W_hn h + b_hn
   static constexpr int kGrads = 4;   // n (as W_ih sees it) r z n (as W_hh sees it)
+  static constexpr bool kHalvesAdd = false;  // r comes between those of n
   // W_ih's gates are columns 0..2, in the order n r z: one GEMM serves each weight without a copy.
   static constexpr int kInputGrads = 0, kHiddenGrads = 1, kInputRotation = 1;
 

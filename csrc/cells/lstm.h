@@ -12,6 +12,7 @@ struct Lstm {
   static constexpr int kStates = 2;  // h, c; state 0 is always the output that W_hh sees
   static constexpr int kSaved = 4;   // values per unit that backward needs: i f g o, activated
   static constexpr int kGrads = 4;   // gradients of pre-activations per unit: i f g o
+  static constexpr bool kHalvesAdd = true;  // forward takes x and h only as x[g] + h[g]
   // First of the kGates consecutive gradients that W_ih (W_hh) sees, and how far W_ih's are rotated
   // right of torch's order.
   static constexpr int kInputGrads = 0, kHiddenGrads = 0, kInputRotation = 0;

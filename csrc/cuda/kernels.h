@@ -24,7 +24,8 @@ LSTMX_HD constexpr int64_t padded(int64_t count) { return (count + kPad - 1) / k
 struct ForwardStepParams {
   int64_t rows, hidden;
   const void* x_gates;        // [rows, G, Hp] compute: x W_ih^T
-  const void* h_gates;        // [rows, G, Hp] compute: h_{t-1} W_hh^T
+  const void* h_gates;        // [rows, G, Hp] compute: h_{t-1} W_hh^T; or null, if x_gates is the
+                              // sum of both, as it may be where the cell's halves add
   int64_t next_rows;          // of the step after this one, 0 at the last one;
   const void* next_x_gates;   // where its x_gates lie, for the cache
   const void* b_ih;           // [G, H] storage, or null
@@ -64,7 +65,7 @@ struct CellKernels {
 
 // ---- Weights -----------------------------------------------------------------------------------
 
-// prepare: storage [G, H, K] -> storage [G, Hp, Kp], with zeros in the padding.
+// prepare: storage [G, H, K] -> storage [G, Hp, Kp], with zeros in the padding; K < 2^31.
 // finish: compute [G, Hp, Kp] -> storage [G, H, K]. Gate g lies at (g + rotation) % G of the padded
 // side. The mask of a [G*H, K] matrix is applied on the way, if there is one.
 struct WeightParams {
@@ -85,10 +86,10 @@ struct MaskParams {
 // Sums of columns, always in the same order.
 inline constexpr int kSumChunks = 16;
 struct SumRowsParams {
-  int64_t rows, columns;
-  const void* in;  // [rows, columns] storage
-  void* partial;   // [kSumChunks, columns] compute
-  void* out;       // [columns] compute
+  int64_t rows, columns;  // columns: whole multiples of kPad
+  const void* in;         // [rows, columns] storage
+  void* partial;          // [kSumChunks, columns] compute
+  void* out;              // [columns] compute
 };
 
 struct DTypeKernels {

@@ -47,11 +47,11 @@ forward_step_kernel(ForwardStepParams p) {
     if (p.b_hh) b_hh[g] = ref<Storage>(p.b_hh, g * H + unit);
   }
   for (int64_t row = block_y(); row < p.rows; row += grid_y()) {
-    V x[G], h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
+    V x[G], h[G] = {}, prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
     LSTMX_UNROLL for (int g = 0; g < G; ++g) {
       const int64_t gate = (row * G + g) * Hp + unit;
       x[g] = ref<V>(p.x_gates, gate);
-      h[g] = ref<V>(p.h_gates, gate);
+      if (p.h_gates) h[g] = ref<V>(p.h_gates, gate);
       // Else the next step waits for the memory: x_gates of all steps are more than a cache holds.
       if (row < p.next_rows && lane_index() % 16 == 0) prefetch(&ref<V>(p.next_x_gates, gate));
     }
@@ -150,19 +150,14 @@ cudaError_t backward_step(const BackwardStepParams& p, cudaStream_t stream) {
 
 // ---- Weights -----------------------------------------------------------------------------------
 
-// Elements are handled four at a time, as one Philox block covers them.
-inline constexpr int kQuad = 4, kWeightThreads = 128;
-// Blocks of a column share out the rows, blocks of a row its quads.
-inline LaunchSize weight_size(int64_t rows, int64_t columns) {
-  constexpr int64_t kMaxGridX = 1024, kMaxGridY = 65535;
-  const int64_t quads = divide_up(columns, kQuad) + 1;  // a row may begin and end within one
-  return {static_cast<unsigned>(std::min(divide_up(quads, kWeightThreads), kMaxGridX)),
-          static_cast<unsigned>(std::min(rows, kMaxGridY)), kWeightThreads};
+// A warp for each row, so that what concerns a row is worked out once for many elements. They are
+// handled four at a time, as one Philox block covers them, and of several of these quads all loads
+// come before the first store, which might change the next.
+inline constexpr int kQuad = 4, kQuadsAtOnce = 3, kWeightWarps = 4;
+inline LaunchSize weight_size(int64_t rows) {
+  return {static_cast<unsigned>(divide_up(rows, kWeightWarps)), 1, 32 * kWeightWarps};
 }
-LSTMX_DEVICE int64_t weight_thread() {
-  return int64_t{block_x()} * kWeightThreads + thread_index();
-}
-LSTMX_DEVICE int64_t weight_threads() { return int64_t{grid_x()} * kWeightThreads; }
+LSTMX_DEVICE int64_t weight_row() { return int64_t{block_x()} * kWeightWarps + warp_index(); }
 
 // The mask of a matrix whose elements are counted row by row.
 template <class V>
@@ -174,27 +169,36 @@ class RowMask {
     scale_ = V(rule_.scale);
   }
 
-  // to[k] = from[k] * factor for this thread's elements k of a row; from null: ones.
+  // to[k] = from[k] * factor, for the `count` elements of the matrix from `begin` on; from null:
+  // ones.
   template <class From, class To>
-  LSTMX_DEVICE void apply(int64_t row, int64_t columns, const From* from, To* to) const {
-    const int64_t begin = row * columns, end = begin + columns;
-    for (int64_t quad = begin / kQuad + weight_thread(); quad * kQuad < end;
-         quad += weight_threads()) {
-      const int64_t first = quad * kQuad - begin;
-      const auto inside = [&](int i) { return first + i >= 0 && first + i < columns; };
-      V values[kQuad] = {};  // all loads before the first store, which might change the next
-      LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
-        if (inside(i)) values[i] = from ? V(widen(from[first + i])) : V(1);
-      }
-      if (masked_) {
-        auto block = philox_counter(quad);
-        philox4x32_10(block, rule_.seed);
+  LSTMX_DEVICE void apply(int64_t begin, int count, const From* from, To* to) const {
+    const int before = static_cast<int>(begin % kQuad);  // of the first quad, not of these elements
+    const auto inside = [&](int k) { return k >= 0 && k < count; };
+    for (int next = static_cast<int>(lane_index()); next * kQuad < before + count;
+         next += 32 * kQuadsAtOnce) {
+      From raw[kQuadsAtOnce][kQuad] = {};
+      LSTMX_UNROLL for (int q = 0; q < kQuadsAtOnce; ++q) {
+        const int first = (next + 32 * q) * kQuad - before;
         LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
-          values[i] *= rule_.keeps(block.word[i]) ? scale_ : V(0);
+          if (from && inside(first + i)) raw[q][i] = from[first + i];
         }
       }
-      LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
-        if (inside(i)) narrow(values[i], to[first + i]);
+      LSTMX_UNROLL for (int q = 0; q < kQuadsAtOnce; ++q) {
+        const int quad = next + 32 * q, first = quad * kQuad - before;
+        if (first >= count) break;
+        V values[kQuad];
+        LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) values[i] = from ? V(widen(raw[q][i])) : V(1);
+        if (masked_) {
+          auto block = philox_counter(begin / kQuad + quad);
+          philox4x32_10(block, rule_.seed);
+          LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
+            values[i] *= rule_.keeps(block.word[i]) ? scale_ : V(0);
+          }
+        }
+        LSTMX_UNROLL for (int i = 0; i < kQuad; ++i) {
+          if (inside(first + i)) narrow(values[i], to[first + i]);
+        }
       }
     }
   }
@@ -219,67 +223,74 @@ LSTMX_DEVICE int64_t rotated(int64_t gate, int64_t rotation, int64_t gates) {
 }
 
 template <class Storage>
-LSTMX_KERNEL(kWeightThreads)
+LSTMX_KERNEL(32 * kWeightWarps)
 prepare_kernel(WeightParams p) {
   using V = ComputeOf<Storage>;
-  const int64_t Hp = padded(p.hidden), K = p.columns, Kp = padded(K);
+  const int64_t Hp = padded(p.hidden), K = p.columns, Kp = padded(K), wide = weight_row();
+  if (wide >= p.gates * Hp) return;
   const RowMask<V> mask(p.dropout);
-  for (int64_t wide = block_y(); wide < p.gates * Hp; wide += grid_y()) {
-    const GateRow to(wide, Hp);
-    const bool exists = to.unit < p.hidden;
-    if (exists) {
-      const int64_t gate = rotated(to.gate, p.gates - p.rotation, p.gates);
-      const int64_t row = gate * p.hidden + to.unit;
-      mask.apply(row, K, &ref<Storage>(p.from, row * K), &ref<Storage>(p.to, wide * Kp));
-    }
-    for (int64_t k = (exists ? K : 0) + weight_thread(); k < Kp; k += weight_threads()) {
-      narrow(V(0), ref<Storage>(p.to, wide * Kp + k));
-    }
+  const GateRow to(wide, Hp);
+  const bool exists = to.unit < p.hidden;
+  if (exists) {
+    const int64_t row = rotated(to.gate, p.gates - p.rotation, p.gates) * p.hidden + to.unit;
+    mask.apply(row * K, static_cast<int>(K), &ref<Storage>(p.from, row * K),
+               &ref<Storage>(p.to, wide * Kp));
+  }
+  for (int64_t k = (exists ? K : 0) + lane_index(); k < Kp; k += 32) {
+    narrow(V(0), ref<Storage>(p.to, wide * Kp + k));
   }
 }
 
 template <class Storage>
-LSTMX_KERNEL(kWeightThreads)
+LSTMX_KERNEL(32 * kWeightWarps)
 finish_kernel(WeightParams p) {
   using V = ComputeOf<Storage>;
-  const int64_t K = p.columns, Kp = padded(K);
+  const int64_t K = p.columns, row = weight_row();
+  if (row >= p.gates * p.hidden) return;
   const RowMask<V> mask(p.dropout);
-  for (int64_t row = block_y(); row < p.gates * p.hidden; row += grid_y()) {
-    const GateRow from(row, p.hidden);
-    const int64_t gate = rotated(from.gate, p.rotation, p.gates);
-    const int64_t wide = gate * padded(p.hidden) + from.unit;
-    mask.apply(row, K, &ref<V>(p.from, wide * Kp), &ref<Storage>(p.to, row * K));
-  }
+  const GateRow from(row, p.hidden);
+  const int64_t gate = rotated(from.gate, p.rotation, p.gates);
+  const int64_t wide = gate * padded(p.hidden) + from.unit;
+  mask.apply(row * K, static_cast<int>(K), &ref<V>(p.from, wide * padded(K)),
+             &ref<Storage>(p.to, row * K));
 }
 
+// As of a matrix with rows of this many elements.
+inline constexpr int kMaskRow = 32 * kQuad * kQuadsAtOnce;
 template <class V>
-LSTMX_KERNEL(kWeightThreads)
+LSTMX_KERNEL(32 * kWeightWarps)
 mask_kernel(MaskParams p) {
+  const int64_t begin = weight_row() * kMaskRow, left = p.count - begin;
+  if (left <= 0) return;
   const RowMask<V> mask(p.dropout);
-  mask.apply(0, p.count, static_cast<const V*>(nullptr), &ref<V>(p.out, 0));
+  mask.apply(begin, left < kMaskRow ? static_cast<int>(left) : kMaskRow,
+             static_cast<const V*>(nullptr), &ref<V>(p.out, begin));
 }
 
+inline cudaError_t launch_for_rows(void (*kernel)(WeightParams), int64_t rows,
+                                   const WeightParams& p, cudaStream_t stream) {
+  if (rows == 0 || p.columns == 0) return cudaSuccess;
+  if (p.columns > INT32_MAX) return cudaErrorInvalidValue;
+  return launch(kernel, weight_size(rows), stream, p);
+}
 template <class Storage>
 cudaError_t prepare(const WeightParams& p, cudaStream_t stream) {
-  if (p.gates * p.hidden == 0 || p.columns == 0) return cudaSuccess;
-  const LaunchSize size = weight_size(p.gates * padded(p.hidden), p.columns);
-  return launch(prepare_kernel<Storage>, size, stream, p);
+  return launch_for_rows(prepare_kernel<Storage>, p.gates * padded(p.hidden), p, stream);
 }
 template <class Storage>
 cudaError_t finish(const WeightParams& p, cudaStream_t stream) {
-  if (p.gates * p.hidden == 0 || p.columns == 0) return cudaSuccess;
-  const LaunchSize size = weight_size(p.gates * p.hidden, p.columns);
-  return launch(finish_kernel<Storage>, size, stream, p);
+  return launch_for_rows(finish_kernel<Storage>, p.gates * p.hidden, p, stream);
 }
 template <class Storage>
 cudaError_t mask(const MaskParams& p, cudaStream_t stream) {
   if (p.count == 0) return cudaSuccess;
-  return launch(mask_kernel<ComputeOf<Storage>>, weight_size(1, p.count), stream, p);
+  const auto size = weight_size(divide_up(p.count, kMaskRow));
+  return launch(mask_kernel<ComputeOf<Storage>>, size, stream, p);
 }
 
 // ---- Sums of columns ----------------------------------------------------------------------------
 
-inline constexpr int kSumWarps = 8, kSumThreads = 32 * kSumWarps;
+inline constexpr int kSumWarps = 8, kSumThreads = 32 * kSumWarps, kSumColumns = 4;
 
 struct SumParams {
   int64_t rows, columns, rows_per_block;
@@ -287,33 +298,42 @@ struct SumParams {
   void* out;  // [grid_y, columns]
 };
 
-// A lane for each column; the warps of a block, then the blocks of a column, share out the rows.
+// kSumColumns columns for each lane, read at once; the warps of a block, then the blocks of a
+// column, share out the rows.
 template <class In, class V>
 LSTMX_KERNEL(kSumThreads)
 sum_rows_kernel(SumParams p) {
-  V* sums = shared_memory<V>();  // [kSumWarps, 32]
-  const int64_t column = int64_t{block_x()} * 32 + lane_index();
+  struct alignas(sizeof(In) < 4 ? 8 : 16) Read {
+    In value[kSumColumns];
+  };
+  using Sums = V[32][kSumColumns];
+  Sums* sums = shared_memory<Sums>();  // [kSumWarps]
+  const unsigned lane = lane_index(), warp = warp_index();
+  const int64_t column = (int64_t{block_x()} * 32 + lane) * kSumColumns;
   const int64_t begin = block_y() * p.rows_per_block;
   const int64_t end = begin + p.rows_per_block < p.rows ? begin + p.rows_per_block : p.rows;
-  V sum = 0;
+  V sum[kSumColumns] = {};
   if (column < p.columns) {
-    for (int64_t row = begin + warp_index(); row < end; row += kSumWarps) {
-      sum += V(widen(ref<In>(p.in, row * p.columns + column)));
+    for (int64_t row = begin + warp; row < end; row += kSumWarps) {
+      const auto read = *reinterpret_cast<const Read*>(&ref<In>(p.in, row * p.columns + column));
+      LSTMX_UNROLL for (int i = 0; i < kSumColumns; ++i) sum[i] += V(widen(read.value[i]));
     }
   }
-  sums[thread_index()] = sum;
+  LSTMX_UNROLL for (int i = 0; i < kSumColumns; ++i) sums[warp][lane][i] = sum[i];
   sync_block();
-  if (warp_index() > 0 || column >= p.columns) return;
-  for (int warp = 1; warp < kSumWarps; ++warp) sum += sums[warp * 32 + lane_index()];
-  ref<V>(p.out, block_y() * p.columns + column) = sum;
+  if (warp > 0 || column >= p.columns) return;
+  LSTMX_UNROLL for (int i = 0; i < kSumColumns; ++i) {
+    for (int other = 1; other < kSumWarps; ++other) sum[i] += sums[other][lane][i];
+    ref<V>(p.out, block_y() * p.columns + column + i) = sum[i];
+  }
 }
 
 template <class Storage>
 cudaError_t sum_rows(const SumRowsParams& p, cudaStream_t stream) {
   using V = ComputeOf<Storage>;
   if (p.columns == 0) return cudaSuccess;
-  const auto blocks = static_cast<unsigned>(divide_up(p.columns, 32));
-  LaunchSize size = {blocks, kSumChunks, kSumThreads, kSumThreads * sizeof(V)};
+  const auto blocks = static_cast<unsigned>(divide_up(p.columns, 32 * kSumColumns));
+  LaunchSize size = {blocks, kSumChunks, kSumThreads, kSumThreads * kSumColumns * sizeof(V)};
   const SumParams first = {p.rows, p.columns, divide_up(p.rows, kSumChunks), p.in, p.partial};
   if (const auto error = launch(sum_rows_kernel<Storage, V>, size, stream, first)) return error;
   size.grid_y = 1;

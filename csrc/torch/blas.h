@@ -7,7 +7,8 @@
 
 namespace lstmx {
 
-// c [m, n] = a [m, k] b [k, n], for each of `count` of them. Of each of a and b one stride is 1.
+// c [m, n] = a [m, k] b [k, n], or c += if `add`, for each of `count` of them. Of each of a and b
+// one stride is 1.
 struct Product {
   int64_t m, n, k;
   const void* a = nullptr;  // storage
@@ -16,7 +17,7 @@ struct Product {
   int64_t b_row = 0, b_column = 0;
   void* c = nullptr;  // compute, or storage if `narrow`
   int64_t c_row = 0;
-  bool narrow = false;
+  bool narrow = false, add = false;
   int64_t count = 1;
   int64_t a_next = 0, b_next = 0, c_next = 0;  // elements from one of them to the next
 };

@@ -52,8 +52,8 @@ void Blas::multiply(const Product& p) const {
   // c^T = b^T a^T
   const auto status = cublasGemmStridedBatchedEx_64(
       static_cast<cublasHandle_t>(handle_), b.turned, a.turned, p.n, p.m, p.k, scalar(0), b.data,
-      type, b.stride, p.b_next, a.data, type, a.stride, p.a_next, scalar(1), p.c, result, p.c_row,
-      p.c_next, p.count, compute, CUBLAS_GEMM_DEFAULT);
+      type, b.stride, p.b_next, a.data, type, a.stride, p.a_next, scalar(p.add ? 0 : 1), p.c,
+      result, p.c_row, p.c_next, p.count, compute, CUBLAS_GEMM_DEFAULT);
   TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "lstmx: a product of ", p.m, " x ", p.k, " and ",
               p.k, " x ", p.n, " failed in cuBLAS: ", cublasGetStatusString(status));
 }

@@ -63,11 +63,13 @@ struct CudaInputs : Inputs {
     p.narrow = out.scalar_type() != compute;
     return p;
   }
-  void product(const Tensor& a, const Tensor& b, Tensor out) const {
+  void product(const Tensor& a, const Tensor& b, Tensor out, bool add = false) const {
     if (a.size(1) == 0) {
-      out.zero_();
+      if (!add) out.zero_();
     } else {
-      blas.multiply(product_of(a, b, out));
+      auto p = product_of(a, b, out);
+      p.add = add;
+      blas.multiply(p);
     }
   }
 
@@ -86,15 +88,18 @@ struct CudaInputs : Inputs {
     check(kernels.prepare(p, stream));
     return to;
   }
-  // [rows, K] -> [rows, Kp]: an operand, whose rows may begin anywhere.
-  Tensor pad(const Tensor& t) const {
-    const int64_t rows = t.size(0), K = t.size(1), Kp = padded(K);
-    const auto from = t.contiguous();
-    if (K == Kp && is_aligned(from)) return from;
-    auto to = empty({padded(rows), Kp});
+  // [rows, K] -> [rows, Kp], new.
+  Tensor padded_copy(const Tensor& from) const {
+    const int64_t rows = from.size(0), K = from.size(1);
+    auto to = empty({padded(rows), padded(K)});
     check(
         kernels.prepare({1, rows, K, 0, {}, from.const_data_ptr(), to.mutable_data_ptr()}, stream));
     return to.narrow(0, 0, rows);
+  }
+  // The same of an operand, whose rows may begin anywhere; itself, where that will do.
+  Tensor pad(const Tensor& t) const {
+    const auto from = t.contiguous();
+    return t.size(1) == padded(t.size(1)) && is_aligned(from) ? from : padded_copy(from);
   }
   // And back.
   Tensor unpad(const Tensor& t, int64_t to) const {
@@ -117,6 +122,10 @@ struct CudaInputs : Inputs {
     auto gates = empty_compute({N, G * Hp});
     product(rows, prepare(w_ih, 0).t(), gates);
     return gates;
+  }
+  // [rows, G*Hp] compute, for h W_hh^T; undefined where that is added to x_gates.
+  Tensor h_gates(int64_t rows) const {
+    return halves_add ? Tensor() : empty_compute({rows, G * Hp});
   }
 
   c10::cuda::CUDAGuard guard;
@@ -146,24 +155,22 @@ ForwardResult sequence_forward_cuda(const SequenceArgs& args, bool save_gates, b
 
   const auto x_gates = in.x_gates(in.pad(in.x_rows()));
   const auto w_hh_t = in.prepare(in.w_hh, 0, in.dropout).t();
-  const auto h_gates = in.empty_compute({in.B, in.G * in.Hp});
+  const auto h_gates = in.h_gates(in.B);
   // States in the making; the product reads h, and the kernel after it writes the next one there.
-  const auto h = in.initial[0].new_zeros({in.B, in.Hp});
-  h.narrow(1, 0, in.H).copy_(in.initial[0]);
+  const auto h = in.padded_copy(in.initial[0]);
   Tensor carried[kMaxStates];
   for (int k = 1; k < in.states; ++k) {
     carried[k] = in.initial[k].to(in.compute, /*non_blocking=*/false, /*copy=*/true);
   }
 
-  auto step = in.product_of(h, w_hh_t, h_gates);
+  auto step = in.product_of(h, w_hh_t, h_gates.defined() ? h_gates : x_gates);
+  step.add = !h_gates.defined();
   Walk walk(in.shape, /*backward=*/false);
   while (walk.advance()) {
-    step.m = walk.rows;
-    in.blas.multiply(step);
     cuda::ForwardStepParams p{};
     p.rows = walk.rows, p.hidden = in.H;
     p.x_gates = row_of(x_gates, walk.offset, in.G * in.Hp);
-    p.h_gates = h_gates.const_data_ptr();
+    p.h_gates = row_of(h_gates, 0, 0);
     p.next_rows = walk.next_rows;
     p.next_x_gates = row_of(x_gates, walk.next_offset, in.G * in.Hp);
     p.b_ih = data_or_null(in.b_ih), p.b_hh = data_or_null(in.b_hh);
@@ -173,6 +180,9 @@ ForwardResult sequence_forward_cuda(const SequenceArgs& args, bool save_gates, b
       p.states[k] = row_of(states[k], walk.offset, in.H);
     }
     p.saved = row_of(saved, walk.offset, in.saved * in.H);
+    step.m = walk.rows;
+    if (step.add) step.c = row_of(x_gates, walk.offset, in.G * in.Hp);
+    in.blas.multiply(step);
     in.check(in.cell.forward_step(p, in.stream));
   }
   const auto none = [&](const Tensor& t) { return t.defined() ? t : in.empty({0}); };
@@ -192,15 +202,16 @@ Tensor recompute_gates(const CudaInputs& in, const Tensor& x_operand, const Tens
   const auto w_ih_t = in.prepare(in.w_ih, 0).t();
   const auto w_hh_t = in.prepare(in.w_hh, 0, in.dropout).t();
   const int64_t most = std::min(in.N, kRowsAtOnce);
-  const auto x_gates = in.empty_compute({most, in.G * in.Hp}), h_gates = at::empty_like(x_gates);
+  const auto x_gates = in.empty_compute({most, in.G * in.Hp}), h_gates = in.h_gates(most);
   const auto c_prev = in.states > 1 ? in.previous(1, c) : Tensor();
   for (int64_t row = 0; row < in.N; row += most) {
     const int64_t rows = std::min(most, in.N - row);
     in.product(x_operand.narrow(0, row, rows), w_ih_t, x_gates.narrow(0, 0, rows));
-    in.product(h_prev.narrow(0, row, rows), w_hh_t, h_gates.narrow(0, 0, rows));
+    const auto& to = h_gates.defined() ? h_gates : x_gates;
+    in.product(h_prev.narrow(0, row, rows), w_hh_t, to.narrow(0, 0, rows), !h_gates.defined());
     cuda::ForwardStepParams p{};
     p.rows = rows, p.hidden = in.H;
-    p.x_gates = x_gates.const_data_ptr(), p.h_gates = h_gates.const_data_ptr();
+    p.x_gates = x_gates.const_data_ptr(), p.h_gates = row_of(h_gates, 0, 0);
     p.b_ih = data_or_null(in.b_ih), p.b_hh = data_or_null(in.b_hh);
     p.h = row_of(OptionalTensor(h_prev), row, in.Hp);
     Tensor carried;

@@ -36,7 +36,8 @@ void Blas::multiply(const Product& p) const {
   const auto a = matrices(p.a, p.m, p.k, {p.a_next, p.a_row, p.a_column}, type);
   const auto b = matrices(p.b, p.k, p.n, {p.b_next, p.b_row, p.b_column}, type);
   auto c = matrices(p.c, p.m, p.n, {p.c_next, p.c_row, 1}, p.narrow ? type : compute);
-  c.copy_(at::bmm(factor(a), factor(b)));
+  const auto product = at::bmm(factor(a), factor(b));
+  p.add ? c.add_(product) : c.copy_(product);
 }
 
 }  // namespace lstmx

@@ -17,10 +17,10 @@ namespace {
 // A matrix in padded storage, as long as it must be and no longer.
 template <class T>
 void product(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t b_column, int64_t m,
-             int64_t n, int64_t k, cuda::ComputeOf<T>* c, int64_t c_row) {
+             int64_t n, int64_t k, cuda::ComputeOf<T>* c, int64_t c_row, bool add = false) {
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
-      cuda::ComputeOf<T> sum = 0;
+      cuda::ComputeOf<T> sum = add ? c[i * c_row + j] : 0;
       for (int64_t l = 0; l < k; ++l) {
         sum += widen(a[i * a_row + l]) * widen(b[l * b_row + j * b_column]);
       }
@@ -69,11 +69,13 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q) {
   }
   Walk walk(shape, /*backward=*/false);
   while (walk.advance()) {
-    product(h.data.get(), Hp, w_hh.data.get(), 1, Hp, walk.rows, G * Hp, Hp, h_gates.data.get(),
-            G * Hp);
     cuda::ForwardStepParams p{};
     p.rows = walk.rows, p.hidden = H;
-    p.x_gates = x_gates.data.get() + walk.offset * G * Hp, p.h_gates = h_gates.data.get();
+    auto* gates = x_gates.data.get() + walk.offset * G * Hp;
+    p.x_gates = gates;
+    if (!Cell::kHalvesAdd) p.h_gates = gates = h_gates.data.get();
+    product(h.data.get(), Hp, w_hh.data.get(), 1, Hp, walk.rows, G * Hp, Hp, gates, G * Hp,
+            Cell::kHalvesAdd);
     p.next_rows = walk.next_rows;
     p.next_x_gates = x_gates.data.get() + walk.next_offset * G * Hp;
     p.b_ih = b_ih.data.get(), p.b_hh = b_hh.data.get();
@@ -200,6 +202,13 @@ void check_weights(int64_t K) {
 
 TEST(weights) { check_weights(7); }
 TEST(weights_with_rows_longer_than_a_blocks_threads) { check_weights(1030); }
+
+TEST(rows_too_long_to_count_in_32_bits_are_refused) {
+  const auto& kernels = cuda::dtype_kernels(DType::kFloat32);
+  const cuda::WeightParams p = {1, 1, int64_t{1} << 31, 0, {}, nullptr, nullptr};
+  CHECK(kernels.prepare(p, nullptr) == cudaErrorInvalidValue);
+  CHECK(kernels.finish(p, nullptr) == cudaErrorInvalidValue);
+}
 
 TEST(a_failed_launch_is_told_and_the_next_one_works) {
   const Buffer<float> mask(8);
