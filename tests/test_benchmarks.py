@@ -93,6 +93,18 @@ def test_errors(arguments, words):
         measure(Case("lstm", 1, 1, 1, 1), **arguments)
 
 
+@pytest.mark.parametrize("provider", ["torch", "lstmx"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_results_keep_no_graph_of_autograd(provider, p):
+    """Which would hold the gradients of x to the stream they were first computed on."""
+    case = Case("lstm", T=3, B=4, I=5, H=6, weight_dropout=p)
+    x, dy, states = tensors(case, torch.float32)
+    module = make(provider, "lstm", case.I, case.H, p, torch.float32)
+    results = harness._results(module, call(module, x, dy, states, "training"), case, x.device)
+    assert len(results) == 8
+    assert not any(result.requires_grad for result in results)
+
+
 class Wrong(torch.autograd.Function):
     """The identity with a wrong gradient."""
 

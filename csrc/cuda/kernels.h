@@ -24,8 +24,8 @@ LSTMX_HD constexpr int64_t padded(int64_t count) { return (count + kPad - 1) / k
 struct ForwardStepParams {
   int64_t rows, hidden;
   const void* x_gates;        // [rows, G, Hp] compute: x W_ih^T
-  const void* h_gates;        // [rows, G, Hp] compute: h_{t-1} W_hh^T; or null, if x_gates is the
-                              // sum of both, as it may be where the cell's halves add
+  const void* h_gates;        // [rows, G, Hp] compute: h_{t-1} W_hh^T; unused if x_gates are the
+                              // sum of both, as CellKernels says
   int64_t next_rows;          // of the step after this one, 0 at the last one;
   const void* next_x_gates;   // where its x_gates lie, for the cache
   const void* b_ih;           // [G, H] storage, or null
@@ -61,6 +61,7 @@ struct BackwardStepParams {
 struct CellKernels {
   cudaError_t (*forward_step)(const ForwardStepParams&, cudaStream_t);
   cudaError_t (*backward_step)(const BackwardStepParams&, cudaStream_t);
+  bool summed;  // forward_step finds h W_hh^T added to x_gates
 };
 
 // ---- Weights -----------------------------------------------------------------------------------

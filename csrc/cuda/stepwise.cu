@@ -6,7 +6,8 @@ namespace lstmx::cuda {
 namespace {
 
 template <class Cell, class Storage>
-constexpr CellKernels kCell = {forward_step<Cell, Storage>, backward_step<Cell, Storage>};
+constexpr CellKernels kCell = {forward_step<Cell, Storage>, backward_step<Cell, Storage>,
+                               kSummed<Cell, Storage>};
 
 // In the order of DType.
 template <class Cell>

@@ -34,6 +34,11 @@ inline LaunchSize step_size(int64_t rows, int64_t units) {
 }
 LSTMX_DEVICE int64_t step_unit() { return int64_t{block_x()} * kStepThreads + thread_index(); }
 
+// Whether the product adds h W_hh^T to x_gates, which spares the kernel after it half of what it
+// reads. In float32 the product loses more by it (docs/adr/0012-steps-on-a-gpu.md).
+template <class Cell, class Storage>
+inline constexpr bool kSummed = Cell::kHalvesAdd && sizeof(Storage) == 2;
+
 template <class Cell, class Storage>
 LSTMX_KERNEL(kStepThreads)
 forward_step_kernel(ForwardStepParams p) {
@@ -51,7 +56,7 @@ forward_step_kernel(ForwardStepParams p) {
     LSTMX_UNROLL for (int g = 0; g < G; ++g) {
       const int64_t gate = (row * G + g) * Hp + unit;
       x[g] = ref<V>(p.x_gates, gate);
-      if (p.h_gates) h[g] = ref<V>(p.h_gates, gate);
+      if constexpr (!kSummed<Cell, Storage>) h[g] = ref<V>(p.h_gates, gate);
       // Else the next step waits for the memory: x_gates of all steps are more than a cache holds.
       if (row < p.next_rows && lane_index() % 16 == 0) prefetch(&ref<V>(p.next_x_gates, gate));
     }

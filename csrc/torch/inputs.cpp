@@ -43,7 +43,7 @@ Inputs::Inputs(const SequenceArgs& args)
     kind = std::is_same_v<Cell, Lstm> ? CellKind::kLstm : CellKind::kGru;
     G = Cell::kGates, states = Cell::kStates, saved = Cell::kSaved, grads = Cell::kGrads;
     input_grads = Cell::kInputGrads, hidden_grads = Cell::kHiddenGrads;
-    input_rotation = Cell::kInputRotation, halves_add = Cell::kHalvesAdd;
+    input_rotation = Cell::kInputRotation;
   });
 }
 

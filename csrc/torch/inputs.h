@@ -50,7 +50,6 @@ struct Inputs {
   Tensor initial[kMaxStates];
   WeightDropout dropout{nullptr, 0};
   CellKind kind;
-  bool halves_add;
   int64_t G, states, saved, grads, input_grads, hidden_grads, input_rotation;
 };
 

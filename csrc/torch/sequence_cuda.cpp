@@ -125,7 +125,7 @@ struct CudaInputs : Inputs {
   }
   // [rows, G*Hp] compute, for h W_hh^T; undefined where that is added to x_gates.
   Tensor h_gates(int64_t rows) const {
-    return halves_add ? Tensor() : empty_compute({rows, G * Hp});
+    return cell.summed ? Tensor() : empty_compute({rows, G * Hp});
   }
 
   c10::cuda::CUDAGuard guard;
@@ -163,8 +163,8 @@ ForwardResult sequence_forward_cuda(const SequenceArgs& args, bool save_gates, b
     carried[k] = in.initial[k].to(in.compute, /*non_blocking=*/false, /*copy=*/true);
   }
 
-  auto step = in.product_of(h, w_hh_t, h_gates.defined() ? h_gates : x_gates);
-  step.add = !h_gates.defined();
+  auto step = in.product_of(h, w_hh_t, in.cell.summed ? x_gates : h_gates);
+  step.add = in.cell.summed;
   Walk walk(in.shape, /*backward=*/false);
   while (walk.advance()) {
     cuda::ForwardStepParams p{};
@@ -207,8 +207,8 @@ Tensor recompute_gates(const CudaInputs& in, const Tensor& x_operand, const Tens
   for (int64_t row = 0; row < in.N; row += most) {
     const int64_t rows = std::min(most, in.N - row);
     in.product(x_operand.narrow(0, row, rows), w_ih_t, x_gates.narrow(0, 0, rows));
-    const auto& to = h_gates.defined() ? h_gates : x_gates;
-    in.product(h_prev.narrow(0, row, rows), w_hh_t, to.narrow(0, 0, rows), !h_gates.defined());
+    const auto& to = in.cell.summed ? x_gates : h_gates;
+    in.product(h_prev.narrow(0, row, rows), w_hh_t, to.narrow(0, 0, rows), in.cell.summed);
     cuda::ForwardStepParams p{};
     p.rows = rows, p.hidden = in.H;
     p.x_gates = x_gates.const_data_ptr(), p.h_gates = row_of(h_gates, 0, 0);

@@ -73,9 +73,9 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q) {
     p.rows = walk.rows, p.hidden = H;
     auto* gates = x_gates.data.get() + walk.offset * G * Hp;
     p.x_gates = gates;
-    if (!Cell::kHalvesAdd) p.h_gates = gates = h_gates.data.get();
+    if (!cell.summed) p.h_gates = gates = h_gates.data.get();
     product(h.data.get(), Hp, w_hh.data.get(), 1, Hp, walk.rows, G * Hp, Hp, gates, G * Hp,
-            Cell::kHalvesAdd);
+            cell.summed);
     p.next_rows = walk.next_rows;
     p.next_x_gates = x_gates.data.get() + walk.next_offset * G * Hp;
     p.b_ih = b_ih.data.get(), p.b_hh = b_hh.data.get();
