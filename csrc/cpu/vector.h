@@ -238,7 +238,7 @@ LSTMX_INLINE void by_rows(int64_t count, Body&& body, int64_t i = 0) {
 // last operand then.
 LSTMX_INLINE Vec<float> at_most(Vec<float> x, float bound) {
   const auto most = Vec<float>(bound);
-#if LSTMX_VECTOR_BYTES == 64
+#if LSTMX_VECTOR_BYTES > 16
   // Gcc makes a comparison and a blend of the expression below.
   asm("vminps %1, %2, %0" : "=v"(x.raw) : "v"(x.raw), "v"(most.raw));
   return x;
@@ -248,7 +248,7 @@ LSTMX_INLINE Vec<float> at_most(Vec<float> x, float bound) {
 }
 LSTMX_INLINE Vec<float> at_least(Vec<float> x, float bound) {
   const auto least = Vec<float>(bound);
-#if LSTMX_VECTOR_BYTES == 64
+#if LSTMX_VECTOR_BYTES > 16
   asm("vmaxps %1, %2, %0" : "=v"(x.raw) : "v"(x.raw), "v"(least.raw));
   return x;
 #else
@@ -303,11 +303,14 @@ LSTMX_INLINE Exp2<N> exp2_parts(const Rows<float, N>& x, float factor) {
   p = p * r + V(5.55035743365e-2f);
   p = p * r + V(2.4022649795e-1f);
   p = p * r + V(6.93147187927e-1f);
-  // The bits of the magic number itself are shifted out.
-  const auto scale = each(x, [&](int i) __attribute__((always_inline)) -> Vec<float> {
-    return (RawFloat)(((RawWord)shifted.row[i].raw << 23) + 0x3F800000u);
+  // Written where it stays: of a copy gcc moves words through memory.
+  Exp2<N> e;
+  e.fraction = p * r;
+  repeat<N>([&](int i) __attribute__((always_inline)) {
+    // The bits of the magic number itself are shifted out.
+    e.scale.row[i] = (RawFloat)(((RawWord)shifted.row[i].raw << 23) + 0x3F800000u);
   });
-  return {p * r, scale};
+  return e;
 }
 
 template <int N>
