@@ -263,23 +263,25 @@ LSTMX_INLINE Rows<float, N> clamp(const Rows<float, N>& x, float least, float mo
   return each(x, [&](int i) __attribute__((always_inline)) { return at_least(low.row[i], least); });
 }
 
-// 1 / x of an x >= 1, to about a unit in the last place.
+// a / b of a b >= 1, to about a unit in the last place, and exactly 1 of equal ones, where
+// products are fused.
 template <int N>
-LSTMX_INLINE Rows<float, N> reciprocal(const Rows<float, N>& x) {
+LSTMX_INLINE Rows<float, N> quotient(const Rows<float, N>& a, const Rows<float, N>& b) {
 #if LSTMX_VECTOR_BYTES == 64
   // Fewer cycles than a division: 14 bits, which a step of Newton's method doubles.
-  const auto r = each(x, [&](int i) __attribute__((always_inline)) {
+  const auto r = each(b, [&](int i) __attribute__((always_inline)) {
     Vec<float> rough;
-    asm("vrcp14ps %1, %0" : "=v"(rough.raw) : "v"(x.row[i].raw));
+    asm("vrcp14ps %1, %0" : "=v"(rough.raw) : "v"(b.row[i].raw));
     return rough;
   });
   // Of infinity r is 0 already; the two must not meet.
-  const auto finite = each(x, [&](int i) __attribute__((always_inline)) {
-    return at_most(x.row[i], std::numeric_limits<float>::max());
+  const auto finite = each(b, [&](int i) __attribute__((always_inline)) {
+    return at_most(b.row[i], std::numeric_limits<float>::max());
   });
-  return r + r * (1 - finite * r);
+  const auto q = a * r;
+  return q - r * (finite * q - a);
 #else
-  return Rows<float, N>(1.0f) / x;
+  return a / b;
 #endif
 }
 
@@ -317,15 +319,15 @@ template <int N>
 LSTMX_INLINE Rows<float, N> sigmoid(const Rows<float, N>& x) {
   const auto e = exp2_parts(clamp(x, -89.0f, 88.0f), -1.44269504088896341f);
   const auto one = Rows<float, N>(1.0f);
-  return reciprocal(one + (one + e.fraction) * e.scale);
+  return quotient(one, one + (one + e.fraction) * e.scale);
 }
 
-// expm1(2x) / (expm1(2x) + 2), which keeps the relative accuracy of a small x.
+// expm1(2x) / (expm1(2x) + 2), which keeps the relative accuracy of a small x, and a zero's sign.
 template <int N>
 LSTMX_INLINE Rows<float, N> tanh(const Rows<float, N>& x) {
   const auto e = exp2_parts(clamp(x, -10.0f, 10.0f), 2.88539008177792681f);
-  const auto expm1 = e.fraction * e.scale + (e.scale - Rows<float, N>(1.0f));
-  return expm1 * reciprocal(expm1 + Rows<float, N>(2.0f));
+  const auto expm1 = e.fraction * e.scale - (1 - e.scale);
+  return quotient(expm1, expm1 + Rows<float, N>(2.0f));
 }
 
 template <int N>

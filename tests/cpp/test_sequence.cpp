@@ -1,10 +1,14 @@
 // The CPU kernels against a loop over steps, rows and units in double: every cell, dtype and kind
 // of sequence, with one thread and with three.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <limits>
+#include <random>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "cells/gru.h"
 #include "cells/lstm.h"
@@ -197,6 +201,84 @@ TEST(amx_products) {
 
 TEST(pair_instruction) {
   if (has_pairs()) check_pairs();
+}
+
+namespace {
+
+// The error in units in the last place of the exact result.
+template <class T>
+double ulps(T got, long double exact) {
+  using Limits = std::numeric_limits<T>;
+  const int last = std::max(std::ilogb(exact) + 1, Limits::min_exponent) - Limits::digits;
+  return double(std::fabs(std::ldexp(got - exact, -last)));
+}
+
+// An LSTM's step saves what it makes of given pre-activations: i is their sigmoid, g their tanh.
+template <class T>
+void check_nonlinearities(const cpu::KernelTable& table, DType dtype, double most_of_sigmoid,
+                          double most_of_tanh) {
+  using Limits = std::numeric_limits<T>;
+  constexpr T kInfinity = Limits::infinity(), kTiny = Limits::denorm_min();
+  // Those that have an exact result; then numbers of every size and sign.
+  std::vector<T> x = {NAN,  kInfinity, -kInfinity, Limits::max(), -Limits::max(),
+                      -0.0, kTiny,     -kTiny};
+  std::mt19937 random(1);
+  std::uniform_real_distribution<double> exponent(Limits::min_exponent - Limits::digits, 10);
+  for (const double value : normal_values(20000, 3)) {
+    x.push_back(T(value));
+    x.push_back(T(std::copysign(std::exp2(exponent(random)), value)));
+  }
+  const int64_t H = x.size();
+  std::vector<T> x_gates, h_gates(Lstm::kGates * H, T(-0.0)), zeros(H), saved(Lstm::kSaved * H);
+  for (int g = 0; g < Lstm::kGates; ++g) x_gates.insert(x_gates.end(), x.begin(), x.end());
+  StepParams p{};
+  p.shape = {1, 1, H, nullptr, false};
+  p.x_gates = x_gates.data(), p.h_gates = h_gates.data();
+  p.initial[0] = p.initial[1] = zeros.data(), p.saved = saved.data();
+  table.by_dtype[int(dtype)].cells[int(CellKind::kLstm)].step(p, 1);
+
+  const T *sigmoid = saved.data(), *tanh = saved.data() + 2 * H;
+  CHECK(std::isnan(sigmoid[0]) && std::isnan(tanh[0]));
+  CHECK(sigmoid[1] == 1 && sigmoid[2] == 0 && sigmoid[3] == 1 && sigmoid[4] == 0);
+#if defined(LSTMX_CALLS)
+  constexpr T kLimit = 1 - Limits::epsilon() / 2;  // nothing is fused, which a quotient relies on
+#else
+  constexpr T kLimit = 1;
+#endif
+  CHECK(tanh[1] >= kLimit && tanh[2] <= -kLimit && tanh[3] >= kLimit && tanh[4] <= -kLimit);
+  CHECK(sigmoid[5] == 0.5 && tanh[5] == 0 && std::signbit(tanh[5]));
+  CHECK(tanh[6] == kTiny && tanh[7] == -kTiny);
+  double sigmoid_error = 0, tanh_error = 0;
+  for (size_t i = 1; i < x.size(); ++i) {
+    CHECK(sigmoid[i] >= 0 && sigmoid[i] <= 1 && std::fabs(tanh[i]) <= 1);
+    tanh_error = std::max(tanh_error, ulps(tanh[i], std::tanh((long double)x[i])));
+    const long double exact = 1 / (1 + std::exp(-(long double)x[i]));
+    // Subnormal results may be zero.
+    if (exact < Limits::min()) {
+      CHECK(sigmoid[i] < Limits::min());
+    } else {
+      sigmoid_error = std::max(sigmoid_error, ulps(sigmoid[i], exact));
+    }
+  }
+  CHECK(sigmoid_error <= most_of_sigmoid);
+  CHECK(tanh_error <= most_of_tanh);
+}
+
+}  // namespace
+
+// Of every instruction set at hand. A large negative x times log2(e) is rounded in float; where
+// multiplications are not fused, twice.
+TEST(nonlinearities) {
+  for (const cpu::KernelTable* table : {
+           &cpu::kBaselineKernels,
+#if defined(__x86_64__)
+           &cpu::kAvx2Kernels,
+           &cpu::kAvx512Kernels,
+#endif
+       }) {
+    check_nonlinearities<float>(*table, DType::kFloat32, 64, 4);
+    if (table == &cpu::kernels()) break;
+  }
 }
 
 // Large enough for a team, both ways of sharing the work.
