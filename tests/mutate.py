@@ -45,6 +45,7 @@ class Mutation:
 
 LSTM, GRU, PHILOX = "cells/lstm.h", "cells/gru.h", "philox.h"
 KERNELS, PACK, PRODUCT = "cpu/sequence_kernels.h", "cpu/pack.h", "cpu/product.h"
+VECTOR = "cpu/vector.h"
 TORCH = "torch/sequence_cpu.cpp"
 STEP, INPUTS, CUDA = "cuda/stepwise.cuh", "torch/inputs.cpp", "torch/sequence_cuda.cpp"
 
@@ -67,6 +68,11 @@ CPP = [
     Mutation(PHILOX, "key1 += 0xBB67AE85u", "key1 += 0xBB67AE84u"),
     Mutation(PHILOX, "p < 1 ? 1 / (1 - p) : 0", "1"),
     Mutation(PHILOX, "word >= threshold", "word < threshold"),
+    Mutation(VECTOR, " - n * V(kLn2Rest)", ""),
+    Mutation(VECTOR, "4.166666666666651e-2", "4.16666666667e-2"),
+    Mutation(VECTOR, "kSigmoidLeast = -710", "kSigmoidLeast = -1e3"),
+    Mutation(VECTOR, "kTanhMost = 20", "kTanhMost = 18"),
+    Mutation(VECTOR, "e.fraction * e.scale - (1 - e.scale)", "0 - (1 - (e.scale + e.fraction * e.scale))"),
     Mutation(PACK, "load<T>(from + i + j, lanes) * load<T>(kept + j)", "load<T>(from + i + j, lanes)"),
     Mutation(PACK, "rotated(k, rotation, depth) * ld", "k * ld"),
     Mutation(KERNELS, "load<T>(h_gates + g * V::kLanes) * scale", "load<T>(h_gates + g * V::kLanes)"),

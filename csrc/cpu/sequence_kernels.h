@@ -227,7 +227,7 @@ class Forward {
       bias_ih[g] = load<T>(bias_[0] + g * Hp_ + unit);
       bias_hh[g] = load<T>(bias_[1] + g * Hp_ + unit);
     }
-    by_rows<kRowsTogether<T>>(count, [&](auto rows, int64_t from) __attribute__((always_inline)) {
+    by_rows<kRowsTogether>(count, [&](auto rows, int64_t from) __attribute__((always_inline)) {
       using R = Rows<T, rows>;
       R gates_x[G], gates_h[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
       repeat<rows>([&](int i) __attribute__((always_inline)) {
@@ -292,7 +292,7 @@ class Backward {
  public:
   using V = Vec<T>;
   static constexpr int G = Cell::kGates, kGrads = Cell::kGrads;
-  static constexpr int kBackwardRows = std::max(1, kRowsTogether<T> / 2);
+  static constexpr int kBackwardRows = kRowsTogether / 2;
 
   Backward(const SequenceBackwardParams& p, int threads)
       : p_(p),
@@ -538,7 +538,7 @@ struct Step {
     const int64_t H = p.shape.hidden;
     const Range rows = share(p.shape.batch, member, team);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      by_rows<kRowsTogether<T>>(H / V::kLanes, [&](auto vectors, int64_t from) {
+      by_rows<kRowsTogether>(H / V::kLanes, [&](auto vectors, int64_t from) {
         finish<vectors>(row, from * V::kLanes, std::integral_constant<int64_t, V::kLanes>{});
       });
       const int64_t left = H % V::kLanes;

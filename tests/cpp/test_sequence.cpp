@@ -277,6 +277,7 @@ TEST(nonlinearities) {
 #endif
        }) {
     check_nonlinearities<float>(*table, DType::kFloat32, 64, 4);
+    check_nonlinearities<double>(*table, DType::kFloat64, 2.5, 3.5);
     if (table == &cpu::kernels()) break;
   }
 }
