@@ -126,6 +126,8 @@ BINDING = [
     Mutation(CUDA, "in.previous(1, c)", "in.previous(1, y)"),
     Mutation(CUDA, "row_of(saved, row, in.saved * in.H)", "row_of(saved, 0, in.saved * in.H)"),
     Mutation(CUDA, "step.b_next = in.Hp * in.Hp", "step.b_next = 0"),
+    Mutation(CUDA, "step.add = in.cell.summed;", "step.add = false;"),
+    Mutation(CUDA, "to.narrow(0, 0, rows), in.cell.summed);", "to.narrow(0, 0, rows));"),
     Mutation("cuda/kernels.h", "kPad = 16", "kPad = 1"),
     Mutation("torch/composite.cpp", "kept.to(dtype).mul(p < 1 ? 1 / (1 - p) : 0.0)", "kept.to(dtype)"),
 ]
@@ -140,6 +142,7 @@ PYTHON_TESTS = [
 PYTHON_TESTS_OF_CUDA = [
     "tests/test_cuda.py::test_products_run_on_aligned_rows",
     "tests/test_cuda.py::test_float64_equals_reference",
+    "tests/test_cuda.py::test_16_bit_equals_reference",
 ]
 
 CPP_TESTS, EMULATOR = ROOT / "tests" / "cpp", ROOT / "tests" / "emulator"

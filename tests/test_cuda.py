@@ -55,7 +55,7 @@ def test_float32_equals_torch(backend, case):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", SMALL[1::4], ids=str)
+@pytest.mark.parametrize("case", SMALL[1::4] + cases.CUDA_PATHS, ids=str)
 def test_16_bit_equals_reference(backend, case, dtype):
     expected = run("reference", case, backward_dtype=dtype)
     tolerance = BFLOAT16 if dtype == torch.bfloat16 else FLOAT16
