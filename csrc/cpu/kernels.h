@@ -66,6 +66,9 @@ struct KernelTable {
   Kernels by_dtype[kDTypes];
   Kernels pairs;           // for bfloat16, where the processor multiplies it in pairs
   MatrixUnit matrix_unit;  // for processors of that set that have one
+  // WeightDropout's `kept`, and the bytes that it takes for so many elements of W_hh.
+  int64_t (*mask_bytes)(int64_t elements);
+  void (*draw_mask)(const WeightDropout&, int64_t elements, uint8_t* kept, int threads);
   // out[e - begin] = 0 or 1 / (1 - p) for elements begin <= e < end of W_hh; out is compute.
   void (*mask_float)(const WeightDropout&, int64_t begin, int64_t end, float* out);
   void (*mask_double)(const WeightDropout&, int64_t begin, int64_t end, double* out);

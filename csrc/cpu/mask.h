@@ -8,28 +8,33 @@
 
 #include "../philox.h"
 #include "../sequence.h"
+#include "pass.h"
 #include "vector.h"
 
 namespace lstmx::LSTMX_ISA {
 
-// A word of each of kLanes blocks, for philox4x32_10.
+// A word of each of as many blocks as there are lanes, for philox4x32_10. Two vectors of them, since
+// the rounds are one long chain; see Rows.
 struct WordLanes {
-  static constexpr int kLanes = LSTMX_VECTOR_BYTES / 4;
-  RawWord raw;
+  static constexpr int kLanes = LSTMX_VECTOR_BYTES / 4, kVectors = 2;
+  RawWord raw[kVectors];
 
   WordLanes() = default;
-  LSTMX_INLINE WordLanes(RawWord r) : raw(r) {}
-  LSTMX_INLINE explicit WordLanes(uint32_t x) : raw(x + RawWord{}) {}
-  LSTMX_INLINE friend WordLanes operator^(WordLanes a, WordLanes b) { return a.raw ^ b.raw; }
+  LSTMX_INLINE explicit WordLanes(uint32_t x) {
+    for (RawWord& vector : raw) vector = x + RawWord{};
+  }
+  LSTMX_INLINE friend WordLanes operator^(const WordLanes& a, const WordLanes& b) {
+    WordLanes result;
+    for (int v = 0; v < kVectors; ++v) result.raw[v] = a.raw[v] ^ b.raw[v];
+    return result;
+  }
 };
 
-typedef uint64_t RawWide __attribute__((vector_size(LSTMX_VECTOR_BYTES)));
-
 // factor times the even words, which are the lower halves of the lanes.
-LSTMX_INLINE RawWide multiply_even(RawWide words, uint32_t factor) {
+LSTMX_INLINE RawLong multiply_even(RawLong words, uint32_t factor) {
 #if LSTMX_VECTOR_BYTES >= 32
   // Gcc would multiply all 64 bits.
-  RawWide product;
+  RawLong product;
   asm("vpmuludq %2, %1, %0" : "=v"(product) : "v"(words), "v"(factor + RawWord{}));
   return product;
 #else
@@ -37,92 +42,141 @@ LSTMX_INLINE RawWide multiply_even(RawWide words, uint32_t factor) {
 #endif
 }
 
-LSTMX_INLINE WideProduct<WordLanes> multiply_wide(uint32_t factor, WordLanes words) {
-  const auto pairs = (RawWide)words.raw;
-  const RawWide even = multiply_even(pairs, factor), odd = multiply_even(pairs >> 32, factor);
+LSTMX_INLINE WideProduct<WordLanes> multiply_wide(uint32_t factor, const WordLanes& words) {
   constexpr uint64_t kLow = 0xFFFFFFFF;
-  return {(RawWord)((even >> 32) | (odd & ~kLow)), (RawWord)((even & kLow) | (odd << 32))};
+  WideProduct<WordLanes> product;
+  for (int v = 0; v < WordLanes::kVectors; ++v) {
+    const auto pairs = (RawLong)words.raw[v];
+    const RawLong even = multiply_even(pairs, factor), odd = multiply_even(pairs >> 32, factor);
+    product.high.raw[v] = (RawWord)((even >> 32) | (odd & ~kLow));
+    product.low.raw[v] = (RawWord)((even & kLow) | (odd << 32));
+  }
+  return product;
 }
 
-// 0 or the scale for a run of up to kMost elements of W_hh.
-template <class T, int64_t kMost>
-class MaskRun {
-  static constexpr int kLanes = WordLanes::kLanes, kBatch = 4 * kLanes;
+// ---- Bits: element e of W_hh is kept if bit e % 8 of byte e / 8 is set -------------------------
 
- public:
-  // The factor of element `begin`; those up to `end` follow.
-  LSTMX_INLINE const T* make(const MaskRule& rule, int64_t begin, int64_t end) {
-    const int64_t first = begin / 4, blocks = (end + 3) / 4 - first;
-    int64_t block = 0;
-    for (; blocks - block > 1; block += kLanes) {
-      many(rule, static_cast<uint64_t>(first + block), factors_ + 4 * block);
-    }
-    if (block < blocks) one(rule, static_cast<uint64_t>(first + block), factors_ + 4 * block);
-    return factors_ + begin % 4;
-  }
+// Elements that are drawn at once: a block for each lane.
+constexpr int64_t kDraw = 4 * WordLanes::kLanes * WordLanes::kVectors;
 
- private:
-  static void one(const MaskRule& rule, uint64_t index, T* factor) {
-    auto block = philox_counter(index);
-    philox4x32_10(block, rule.seed);
-    for (int w = 0; w < 4; ++w) factor[w] = rule.keeps(block.word[w]) ? T(rule.scale) : T(0);
-  }
+// Bytes for so many elements: whole draws, and what a load of a vector's bits may reach beyond.
+constexpr int64_t mask_bytes(int64_t elements) {
+  return (elements + kDraw - 1) / kDraw * kDraw / 8 + int64_t{sizeof(uint32_t)};
+}
 
-  // kLanes blocks. A block's four words come to lie side by side if four lanes together take every
-  // fourth block: then each such four is a square to transpose.
-  static void many(const MaskRule& rule, uint64_t index, T* factor) {
-    constexpr int kFours = kLanes / 4;
-    RawWord lane;
-    for (int n = 0; n < kLanes; ++n) lane[n] = static_cast<uint32_t>(n % 4 * kFours + n / 4);
-    PhiloxBlock<WordLanes> blocks{};
+// Lane n as bit n: whether it is at least `least`.
+LSTMX_INLINE uint32_t at_least_bits(RawWord words, uint32_t least) {
+#if LSTMX_VECTOR_BYTES == 64
+  return _mm512_cmpge_epu32_mask((__m512i)words, (__m512i)(least + RawWord{}));
+#elif LSTMX_VECTOR_BYTES == 32
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(words >= least)));
+#else
+  uint32_t bits = 0;
+  for (int n = 0; n < WordLanes::kLanes; ++n) bits |= uint32_t{words[n] >= least} << n;
+  return bits;
+#endif
+}
+
+// Of each four lanes the ones from kFirst on, two of a and two of b by turns.
+template <int kFirst, int... kLane>
+LSTMX_INLINE RawWord interleaved(RawWord a, RawWord b, std::integer_sequence<int, kLane...>) {
+  constexpr int kLanes = WordLanes::kLanes;
+  return __builtin_shufflevector(
+      a, b, (kLane / 4 * 4 + kFirst + kLane % 4 / 2 + kLane % 2 * kLanes)...);
+}
+
+// The bits of kDraw elements, the blocks counted from `index` on.
+LSTMX_INLINE void draw(const MaskRule& rule, uint64_t index, uint8_t* to) {
+  constexpr int kLanes = WordLanes::kLanes, kFours = kLanes / 4;
+  constexpr auto kAllLanes = std::make_integer_sequence<int, kLanes>{};
+  // A block's four words come to lie side by side if four lanes together take every fourth block:
+  // then each such four is a square to transpose.
+  RawWord lane;
+  for (int n = 0; n < kLanes; ++n) lane[n] = static_cast<uint32_t>(n % 4 * kFours + n / 4);
+  PhiloxBlock<WordLanes> blocks{};
+  for (int v = 0; v < WordLanes::kVectors; ++v, index += kLanes) {
     const RawWord low = static_cast<uint32_t>(index) + lane;
-    blocks.word[0] = low;
-    blocks.word[1] = static_cast<uint32_t>(index >> 32) + (RawWord)((low < lane) & 1);
-    blocks.word[2] = blocks.word[3] = WordLanes(0);
-    philox4x32_10(blocks, rule.seed);
+    blocks.word[0].raw[v] = low;
+    blocks.word[1].raw[v] = static_cast<uint32_t>(index >> 32) + (RawWord)((low < lane) & 1);
+  }
+  philox4x32_10(blocks, rule.seed);
 
-    // 2^32 drops every word.
-    const auto least = static_cast<uint32_t>(rule.threshold);
-    const float keep = rule.threshold >> 32 ? 0.0f : 1.0f;
-    RawFloat kept[4], pairs[4];
-    for (int w = 0; w < 4; ++w) {
-      kept[w] = blocks.word[w].raw >= least ? keep + RawFloat{} : RawFloat{};
-    }
+  for (int v = 0; v < WordLanes::kVectors; ++v, to += kLanes / 2) {
+    RawWord pairs[4], words[4];
     for (int w = 0; w < 2; ++w) {
-      pairs[w] = interleaved<0>(kept[w], kept[w + 2], kAllLanes);
-      pairs[w + 2] = interleaved<2>(kept[w], kept[w + 2], kAllLanes);
+      const RawWord a = blocks.word[w].raw[v], b = blocks.word[w + 2].raw[v];
+      pairs[w] = interleaved<0>(a, b, kAllLanes);
+      pairs[w + 2] = interleaved<2>(a, b, kAllLanes);
     }
     for (int half = 0; half < 4; half += 2) {
-      kept[half] = interleaved<0>(pairs[half], pairs[half + 1], kAllLanes);
-      kept[half + 1] = interleaved<2>(pairs[half], pairs[half + 1], kAllLanes);
+      words[half] = interleaved<0>(pairs[half], pairs[half + 1], kAllLanes);
+      words[half + 1] = interleaved<2>(pairs[half], pairs[half + 1], kAllLanes);
     }
-    float all[kBatch];
-    std::memcpy(all, kept, sizeof(all));
-    const T scale = static_cast<T>(rule.scale);
-    for (int i = 0; i < kBatch; ++i) factor[i] = all[i] * scale;
+    uint64_t bits = 0;
+    for (int w = 0; w < 4; ++w) {
+      const uint64_t of_word = at_least_bits(words[w], static_cast<uint32_t>(rule.threshold));
+      bits |= of_word << (w * kLanes);
+    }
+    if (rule.threshold >> 32) bits = 0;
+    std::memcpy(to, &bits, kLanes / 2);
   }
+}
 
-  // Of each four lanes the ones from kFirst on, two of a and two of b by turns.
-  static constexpr auto kAllLanes = std::make_integer_sequence<int, kLanes>{};
-  template <int kFirst, int... kLane>
-  LSTMX_INLINE static RawFloat interleaved(RawFloat a, RawFloat b,
-                                           std::integer_sequence<int, kLane...>) {
-    return __builtin_shufflevector(
-        a, b, (kLane / 4 * 4 + kFirst + kLane % 4 / 2 + kLane % 2 * kLanes)...);
+// The bits from that of element `begin`, a multiple of kDraw, to that of `end`, and up to a draw.
+inline void draw_mask(const MaskRule& rule, int64_t begin, int64_t end, uint8_t* to) {
+  for (int64_t e = begin; e < end; e += kDraw, to += kDraw / 8) {
+    draw(rule, static_cast<uint64_t>(e / 4), to);
   }
+}
 
-  // A run may begin within a block, and the last batch is made whole.
-  alignas(64) T factors_[(kMost + 3 + kBatch - 1) / kBatch * kBatch];
+// 1 for each element from `element` on that is kept, else 0.
+template <class T>
+LSTMX_INLINE Vec<T> kept_lanes(const uint8_t* kept, int64_t element) {
+  uint32_t bits;
+  std::memcpy(&bits, kept + element / 8, sizeof(bits));
+  bits >>= element % 8;
+#if LSTMX_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) {
+    return (RawFloat)_mm512_maskz_mov_ps(__mmask16(bits), (__m512)Vec<float>(1.0f).raw);
+  } else {
+    return (RawDouble)_mm512_maskz_mov_pd(__mmask8(bits), (__m512d)Vec<double>(1.0).raw);
+  }
+#else
+  using Bits = typename Vec<T>::Bits;
+  Bits lane;
+  for (int n = 0; n < Vec<T>::kLanes; ++n) lane[n] = uint32_t{1} << n;
+  return (bits & lane) != 0 ? Vec<T>(T(1)).raw : Vec<T>(T(0)).raw;
+#endif
+}
+
+// A whole matrix's, made before it is first read: for a run of its elements that begins in the
+// middle of a block, whole blocks would be drawn at either end.
+struct DrawMask {
+  const MaskRule rule;
+  const int64_t elements;
+  uint8_t* const kept;
+
+  void run(int member, int team) const {
+    const Range draws = share((elements + kDraw - 1) / kDraw, member, team);
+    draw_mask(rule, draws.begin * kDraw, draws.end * kDraw, kept + draws.begin * (kDraw / 8));
+  }
 };
 
+// out[e - begin] = 0 or the scale.
 template <class T>
 void mask_elements(const WeightDropout& dropout, int64_t begin, int64_t end, T* out) {
   constexpr int64_t kRun = 1024;
   const auto rule = MaskRule::make(*dropout.seed, dropout.p);
-  MaskRun<T, kRun> run;
-  for (int64_t e = begin; e < end; e += kRun) {
-    const int64_t count = std::min(kRun, end - e);
-    out = std::copy_n(run.make(rule, e, e + count), count, out);
+  const Vec<T> scale(static_cast<T>(rule.scale));
+  uint8_t kept[mask_bytes(kRun)];
+  for (int64_t run = begin / kRun * kRun; run < end; run += kRun) {
+    draw_mask(rule, run, run + kRun, kept);
+    const int64_t first = std::max(run, begin), count = std::min(run + kRun, end) - first;
+    for (int64_t i = 0; i < count; i += Vec<T>::kLanes) {
+      with_lanes<T>(count - i, [&](auto lanes) {
+        store(out + (first - begin + i), kept_lanes<T>(kept, first - run + i) * scale, lanes);
+      });
+    }
   }
 }
 

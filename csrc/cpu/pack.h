@@ -30,40 +30,30 @@ constexpr int64_t panel_rows(int64_t depth) {
   return (depth + kStep - 1) / kStep * kStep;
 }
 
-// What a matrix is copied through: weight dropout's rule, if it has one. Here a kept weight stays
+// What a matrix is copied through: weight dropout's bits, if it has any. Here a kept weight stays
 // as it is, whatever its type; the scale belongs to the sums, which are float.
 struct Mask {
-  bool any = false;
-  MaskRule rule;
+  const uint8_t* kept = nullptr;
   double scale = 1;
 
   static Mask make(const WeightDropout& dropout) {
-    if (!dropout.seed) return {};
-    Mask mask{true, MaskRule::make(*dropout.seed, dropout.p)};
-    mask.scale = std::exchange(mask.rule.scale, 1.0);
-    return mask;
+    if (!dropout.kept) return {};
+    return {dropout.kept, MaskRule::make(0, dropout.p).scale};
   }
 };
-
-constexpr int64_t kLongRun = 64;  // elements that a mask is made for at once
 
 // to[i] = from[i] as an operand, for i < count, and 0 up to `end`. `element` is the place of
 // from[0] in the matrix that the mask is of.
 template <class O, class S>
 LSTMX_INLINE void copy_run(const S* from, int64_t count, int64_t end, const Mask& mask,
                            int64_t element, O* to) {
-  if (mask.any) {
+  if (mask.kept) {
     using T = ComputeOf<S>;
-    MaskRun<T, kLongRun> run;
-    for (int64_t i = 0; i < count; i += kLongRun) {
-      const int64_t n = std::min(kLongRun, count - i);
-      const T* kept = run.make(mask.rule, element + i, element + i + n);
+    for (int64_t i = 0; i < count; i += Vec<T>::kLanes) {
       // Exact, and a dropped NaN stays one, as in torch.
-      for (int64_t j = 0; j < n; j += Vec<T>::kLanes) {
-        with_lanes<T>(n - j, [&](auto lanes) {
-          store(to + i + j, load<T>(from + i + j, lanes) * load<T>(kept + j), lanes);
-        });
-      }
+      with_lanes<T>(count - i, [&](auto lanes) {
+        store(to + i, load<T>(from + i, lanes) * kept_lanes<T>(mask.kept, element + i), lanes);
+      });
     }
   } else {
     const auto copy = [&](int64_t n) __attribute__((always_inline)) {
@@ -133,6 +123,18 @@ LSTMX_INLINE void interleave(const BFloat16* first, const BFloat16* second, int6
   }
 }
 
+// The same of what a mask keeps; `element` and, of second[0], `element2` are as in copy_run.
+LSTMX_INLINE void interleave(const BFloat16* first, const BFloat16* second, int64_t count,
+                             const uint8_t* kept, int64_t element, int64_t element2,
+                             BFloat16* pairs) {
+  for (int64_t n = 0; n < count; n += Vec<float>::kLanes) {
+    const auto low = load<float>(first + n) * kept_lanes<float>(kept, element + n);
+    const auto high = load<float>(second + n) * kept_lanes<float>(kept, element2 + n);
+    const RawWord pair = (RawWord)low.raw >> 16 | ((RawWord)high.raw & 0xFFFF0000u);
+    std::memcpy(pairs + 2 * n, &pair, sizeof(pair));
+  }
+}
+
 // A part of a panel, to[k / group][n][k % group], from a matrix whose rows are the panel's columns:
 // one vector of them, of which `columns` exist; `width` columns are in the whole panel. The depth
 // is filled up with zeros to whole groups.
@@ -140,6 +142,7 @@ template <class O, class S>
 void pack_turned(const S* from, int64_t ld, int64_t columns, int64_t depth, const Mask& mask,
                  int64_t element, int64_t width, O* to) {
   using Words = Square<O>;
+  constexpr int64_t kLongRun = 64;
   Words square;
   alignas(64) O rows[Words::kLanes][kLongRun];
   for (int64_t k = 0; k < depth; k += kLongRun) {
@@ -167,14 +170,21 @@ void pack_straight(const S* from, int64_t ld, int64_t columns, int64_t depth, in
   const auto copy = [&](int64_t k, O* row) __attribute__((always_inline)) {
     const bool exists = k >= 0 && k < depth;
     const int64_t at = exists ? rotated(k, rotation, depth) * ld : 0;
+    if (exists && columns == kMost) return copy_run(from + at, kMost, kMost, mask, element + at, row);
     copy_run(from + at, exists ? columns : 0, width, mask, element + at, row);
   };
   for (int64_t k = -lead; k < depth; k += kGroup<O>, to += kGroup<O> * width) {
     if constexpr (kGroup<O> == 1) {
       copy(k, to);
-    } else if (columns == kMost && !mask.any && k >= 0 && k + 1 < depth) {
-      const int64_t first = rotated(k, rotation, depth), second = rotated(k + 1, rotation, depth);
-      interleave(from + first * ld, from + second * ld, kMost, to);
+    } else if (columns == kMost && k >= 0 && k + 1 < depth) {
+      const int64_t first = rotated(k, rotation, depth) * ld;
+      const int64_t second = rotated(k + 1, rotation, depth) * ld;
+      if (mask.kept) {
+        interleave(from + first, from + second, kMost, mask.kept, element + first,
+                   element + second, to);
+      } else {
+        interleave(from + first, from + second, kMost, to);
+      }
     } else {
       O first[kMost], second[kMost];
       copy(k, first);

@@ -287,8 +287,7 @@ class Product {
     panels_ = carver_.take<O>(std::min(group_ * kWidth, padded<T>(p.n)) * panel_rows<O>(terms_));
     if (!direct_) blocks_ = carver_.take<O>(threads * block_size());
     scratch_ = carver_.take<T>(threads * scratch_size());
-    masked_ = p.dropout.seed != nullptr && p.workspace != nullptr;
-    if (masked_) rule_ = MaskRule::make(*p.dropout.seed, p.dropout.p);
+    mask_ = Mask::make(p.dropout);
   }
 
   int64_t workspace_bytes() const { return carver_.used(); }
@@ -442,21 +441,18 @@ class Product {
 
   LSTMX_CALL void finish(int64_t first, int64_t rows, int64_t column, int vectors,
                          const T* c) const {
-    MaskRun<T, kWidth> run;
-    const T* factor = nullptr;
+    const V scale(static_cast<T>(mask_.scale));
     const int64_t count = std::min<int64_t>(vectors * V::kLanes, p_.n - column);
     for (int64_t row = first; row < first + rows; ++row, c += vectors * V::kLanes) {
       const int64_t to = rotated(row, p_.c_rotation, p_.m);
-      if (masked_) {
-        const int64_t element = to * p_.n + column;
-        factor = run.make(rule_, element, element + count);
-      }
       for (int64_t n = 0; n < count; n += V::kLanes) {
         with_lanes<T>(count - n, [&](auto lanes) {
           V value = load<T>(c + n);
           C* sum = at<C>(p_.c, to * p_.c_row + column + n);
           if (p_.accumulate) value = value + load<T>(sum, lanes);
-          if (masked_) value = value * load<T>(factor + n);
+          if (mask_.kept) {
+            value = value * (kept_lanes<T>(mask_.kept, to * p_.n + column + n) * scale);
+          }
           store(sum, value, lanes);
         });
       }
@@ -492,8 +488,7 @@ class Product {
   O* panels_;            // for each panel of a group [k][width]
   O* blocks_ = nullptr;  // [threads][block rows][lda]: rows of a, or turned
   T* scratch_;           // [threads], for one panel or all of a group [block rows][width]
-  bool masked_;
-  MaskRule rule_;
+  Mask mask_;
   Barrier barrier_;
 };
 
@@ -509,7 +504,7 @@ inline ProductParams turned(const ProductParams& p) {
 }
 inline bool better_turned(const ProductParams& p) {
   return p.m <= 128 && p.m < p.n && p.a_column == 1 && p.b_row == 1 && p.b_column > 1 &&
-         !p.dropout.seed && p.c_rotation == 0 && !p.accumulate;
+         !p.dropout.kept && p.c_rotation == 0 && !p.accumulate;
 }
 
 // The same with so few rows that packing b does not pay: it is read once, where it lies.
@@ -521,7 +516,7 @@ class ThinProduct {
   // Or rows of W: with few sums the more streams from memory, the better.
   static constexpr int dot_columns(int rows) { return rows <= 2 ? 8 : 4; }
 
-  static bool fits(const ProductParams& p) { return p.m < 16 && !p.dropout.seed && !p.accumulate; }
+  static bool fits(const ProductParams& p) { return p.m < 16 && !p.dropout.kept && !p.accumulate; }
 
   // A is the type of a's elements.
   template <class A>

@@ -1,6 +1,8 @@
 // The sequence kernels for AVX2 and FMA.
 #if defined(__x86_64__)
 // Standard headers come first: their inline functions must be compiled for every machine.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>

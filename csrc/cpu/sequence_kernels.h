@@ -78,7 +78,7 @@ class Forward {
     for (auto& h : h_) h = carver_.take<O>(B_ * h_row_);
     for (auto& state : state_) state = carver_.take<T>(B_ * Hp_);
     scratch_ = carver_.take<T>(2 * threads * scratch_size());
-    if (p.workspace) mask_ = Mask::make(p.dropout);
+    mask_ = Mask::make(p.dropout);
   }
 
   int64_t workspace_bytes() const { return carver_.used(); }
@@ -308,7 +308,7 @@ class Backward {
     for (auto& carry : carry_) carry = carver_.take<T>(B_ * Hp_);
     bias_ = carver_.take<T>(threads * kGrads * Hp_);
     scratch_ = carver_.take<T>(threads * scratch_size());
-    if (p.workspace) mask_ = Mask::make(p.dropout);
+    mask_ = Mask::make(p.dropout);
   }
 
   int64_t workspace_bytes() const { return carver_.used(); }
@@ -671,6 +671,11 @@ constexpr cpu::KernelTable kernel_table(const char* name) {
   table.by_dtype[int(DType::kFloat16)] = all_kernels<float, Float16, float>();
   // A processor that has instructions for it has the widest vectors too.
   if constexpr (LSTMX_VECTOR_BYTES == 64) table.pairs = all_kernels<float, BFloat16, BFloat16>();
+  table.mask_bytes = mask_bytes;
+  table.draw_mask = [](const WeightDropout& dropout, int64_t elements, uint8_t* kept, int threads) {
+    DrawMask pass{MaskRule::make(*dropout.seed, dropout.p), elements, kept};
+    run(elements < 40000 ? 1 : threads, pass);
+  };
   table.mask_float = mask_elements<float>;
   table.mask_double = mask_elements<double>;
   return table;

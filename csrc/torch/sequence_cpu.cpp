@@ -66,6 +66,17 @@ struct CpuInputs : Inputs {
 
   bool saved_in_compute() const { return compute == x.scalar_type(); }
 
+  // What weight dropout keeps, for the kernels; drawn by the first that asks.
+  WeightDropout drawn() const {
+    if (!dropout.seed) return {};
+    const auto& table = cpu::kernels();
+    if (!kept_.defined()) {
+      kept_ = empty_cached({table.mask_bytes(w_hh.numel())}, x.options().dtype(at::kByte));
+      table.draw_mask(dropout, w_hh.numel(), kept_.mutable_data_ptr<uint8_t>(), threads);
+    }
+    return {dropout.seed, dropout.p, kept_.const_data_ptr<uint8_t>()};
+  }
+
   // W_hh with zeros where it is dropped, not scaled.
   Tensor kept_w_hh() const;
   double scale() const { return dropout.p < 1 ? 1 / (1 - dropout.p) : 0; }
@@ -75,6 +86,9 @@ struct CpuInputs : Inputs {
   const cpu::CellKernels& cell;
   const bool from_zero;      // the first step finds h = 0: neither it nor dW_hh needs that product
   FollowTeams follow_teams;  // after `threads`, which is to be what the user asked for
+
+ private:
+  mutable Tensor kept_;
 };
 
 Tensor weight_mask_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::ScalarType dtype) {
@@ -140,7 +154,7 @@ struct Recurrence {
       params.x_gates_stride = x_gates.stride(0);
     }
     workspace = in.workspace(in.cell.forward_workspace, params.shape);
-    params.dropout = in.dropout;
+    params.dropout = in.drawn();
     params.w_hh = in.w_hh.const_data_ptr();
     params.workspace = workspace.mutable_data_ptr();
   }
@@ -300,8 +314,8 @@ class Backward {
             : empty_cached({count, dgates_row_}, in_.x.options().dtype(dgates_dtype()));
     const auto dgates = dgates_rows.narrow(1, 0, in_.grads * H);
     auto dbias = in_.empty_compute({in_.grads * H});
-    p.dropout = in_.dropout;
     const bool one_step = in_.shape.steps == 1;  // it does not pay for packing W_hh
+    if (!one_step) p.dropout = in_.drawn();
     p.w_hh = one_step ? nullptr : in_.w_hh.const_data_ptr();
     Tensor dinitial[kMaxStates];
     std::vector<Tensor> kept;  // what p points to
@@ -359,10 +373,10 @@ class Backward {
       if (i == 0) dw_hh_ = sums(in_.w_hh);
       cpu::ProductParams more{};
       more.accumulate = i > 0;
-      if (i + 1 == chunks_) more.dropout = in_.dropout;  // of the whole sum, once
       // Rows that found zeros give nothing.
       const bool less = found_zeros(steps);
       const auto h_prev = less ? known(0, steps) : previous(0, steps);
+      if (i + 1 == chunks_ && h_prev.numel() > 0) more.dropout = in_.drawn();  // of the whole sum
       const auto of_h = dgates_h.narrow(0, less && !in_.shape.reverse ? B : 0, h_prev.size(0));
       in_.product(kernel, of_h.t(), h_prev, dw_hh_, more);
     }

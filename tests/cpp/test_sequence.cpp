@@ -27,6 +27,17 @@ struct Workspace {
   char* data;
 };
 
+// Weight dropout as the kernels want it; none if p is 0.
+struct Drawn {
+  Drawn(double p, int64_t elements) : kept(cpu::kernels().mask_bytes(elements)) {
+    if (p == 0) return;
+    dropout = {&kSeed, p, kept.data()};
+    cpu::kernels().draw_mask(dropout, elements, kept.data(), 3);
+  }
+  std::vector<uint8_t> kept;
+  WeightDropout dropout{nullptr, 0};
+};
+
 // Stands in for the processor's unit.
 void multiply_plainly(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
                       const BFloat16* b, const BFloat16* /*next*/, bool accumulate, float* c) {
@@ -63,12 +74,12 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
   const auto& kernels = table.cells[int(kind)];
   CHECK((table.dgates_in_storage == std::is_same_v<DGates, Storage>));
   const SequenceShape shape = {q.T(), B, H, q.packed ? q.batch_sizes.data() : nullptr, q.reverse};
-  const WeightDropout dropout = {q.p > 0 ? &kSeed : nullptr, q.p};
+  const Drawn drawn(q.p, G * H * H);
   Buffer<T> x_gates(a.x_gates);
   Buffer<Storage> w_hh(a.w_hh), b_ih(a.b_ih), b_hh(a.b_hh), saved(N * Cell::kSaved * H);
   std::vector<Buffer<Storage>> initial, states, last, dstates, dlast, dinitial;
   SequenceForwardParams f{};
-  f.shape = shape, f.dropout = dropout;
+  f.shape = shape, f.dropout = drawn.dropout;
   f.x_gates = x_gates.data.get(), f.x_gates_stride = G * H;
   f.w_hh = w_hh.data.get(), f.b_ih = b_ih.data.get(), f.b_hh = b_hh.data.get();
   f.saved = saved.data.get(), f.from_zero = q.from_zero;
@@ -87,7 +98,7 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
   Buffer<DGates> dgates(N * dgates_row);
   Buffer<T> dbias(Cell::kGrads * H);
   SequenceBackwardParams b{};
-  b.shape = shape, b.dropout = dropout;
+  b.shape = shape, b.dropout = drawn.dropout;
   b.w_hh = w_hh.data.get(), b.saved = saved.data.get();
   for (int k = 0; k < S; ++k) {
     b.initial[k] = initial[k].data.get(), b.states[k] = states[k].data.get();
@@ -304,7 +315,8 @@ void check_product(const cpu::ProductKernel& kernel, int64_t m, int64_t n, int64
   p.a = a.data.get(), p.b = b.data.get(), p.c = c.data.get(), p.c_row = n;
   p.a_row = layout & 1 ? 1 : k, p.a_column = layout & 1 ? m : 1;
   p.b_row = layout & 2 ? 1 : n, p.b_column = layout & 2 ? k : 1;
-  if (masked) p.dropout = {&kSeed, 0.5};
+  const Drawn drawn(masked ? 0.5 : 0, m * n);
+  p.dropout = drawn.dropout;
   if (!masked && layout == 0 && k > 0) p.b_rotation = k / 3;
   if (!masked && layout == 1) p.c_rotation = m / 3;
 
