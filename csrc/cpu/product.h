@@ -507,28 +507,32 @@ inline bool better_turned(const ProductParams& p) {
          !p.dropout.kept && p.c_rotation == 0 && !p.accumulate;
 }
 
-// The same with so few rows that packing b does not pay: it is read once, where it lies.
+// With so few rows, or so few terms, that packing b does not pay: it is read where it lies.
 template <class T, class B, class C>
 class ThinProduct {
  public:
   using V = Vec<T>;
+  static constexpr int64_t kThin = 16;
   static constexpr int kRows = 4, kColumns = 4;  // of a tile; columns are vectors
   // Or rows of W: with few sums the more streams from memory, the better.
   static constexpr int dot_columns(int rows) { return rows <= 2 ? 8 : 4; }
 
-  static bool fits(const ProductParams& p) { return p.m < 16 && !p.dropout.kept && !p.accumulate; }
+  static bool fits(const ProductParams& p) {
+    const bool thin = p.m < kThin || (p.k < kThin && p.b_column == 1);
+    return thin && !p.dropout.kept && !p.accumulate;
+  }
 
   // A is the type of a's elements.
   template <class A>
   ThinProduct(const ProductParams& p, std::type_identity<A>)
-      : p_(p), lda_(padded<T>(p.k)), carver_(p.workspace) {
+      : p_(p), lda_(p.b_column == 1 ? p.k : padded<T>(p.k)), carver_(p.workspace) {
     a_ = carver_.take<T>(p.m * lda_);
     if (p.workspace) {
       for (int64_t m = 0; m < p.m; ++m) {
         for (int64_t k = 0; k < p.k; ++k) {
           a_[m * lda_ + k] = widen(*at<A>(p.a, m * p.a_row + k * p.a_column));
         }
-        std::fill(a_ + m * lda_ + p.k, a_ + (m + 1) * lda_, T(0));
+        std::fill_n(a_ + m * lda_ + p.k, lda_ - p.k, T(0));
       }
     }
   }
@@ -571,34 +575,42 @@ class ThinProduct {
   // Rows m, m + 1, ... times the vectors from column n on: b's rows are read side by side.
   template <int kCount>
   void sweep(int64_t m, int64_t n) const {
-    V sum[kCount][kColumns];
-    for (auto& row : sum) std::fill(row, row + kColumns, V(T(0)));
-    const auto add_all = [&](auto... lanes) __attribute__((always_inline)) {
+    // lanes: of each vector, as many as exist.
+    const auto tile = [&](auto... lanes) __attribute__((always_inline)) {
+      V sum[kCount][kColumns];
+      repeat<kCount>([&](int i) __attribute__((always_inline)) {
+        repeat<kColumns>([&](int v) __attribute__((always_inline)) { sum[i][v] = V(T(0)); });
+      });
       for (int64_t k = 0; k < p_.k; ++k) {
         const B* b = at<B>(p_.b, rotated(k, p_.b_rotation, p_.k) * p_.b_row + n);
         int v = 0;
         const auto add = [&](int64_t count) __attribute__((always_inline)) {
           if (count > 0) {
             const V values = load<T>(b + v * V::kLanes, count);
-            for (int i = 0; i < kCount; ++i) {
+            repeat<kCount>([&](int i) __attribute__((always_inline)) {
               sum[i][v] = V(a_[(m + i) * lda_ + k]) * values + sum[i][v];
-            }
+            });
           }
           ++v;
         };
         (add(lanes), ...);
       }
+      repeat<kCount>([&](int i) __attribute__((always_inline)) {
+        C* c = at<C>(p_.c, rotated(m + i, p_.c_rotation, p_.m) * p_.c_row + n);
+        int v = 0;
+        const auto put = [&](int64_t count) __attribute__((always_inline)) {
+          if (count > 0) store(c + v * V::kLanes, sum[i][v], count);
+          ++v;
+        };
+        (put(lanes), ...);
+      });
     };
     constexpr int64_t kAll = V::kLanes;
     const auto left = [&](int v) { return std::clamp<int64_t>(p_.n - n - v * kAll, 0, kAll); };
     if (p_.n - n >= kColumns * kAll) {
-      add_all(kAll, kAll, kAll, kAll);
+      tile(kAll, kAll, kAll, kAll);
     } else {
-      add_all(left(0), left(1), left(2), left(3));
-    }
-    for (int i = 0; i < kCount; ++i) {
-      C* c = at<C>(p_.c, rotated(m + i, p_.c_rotation, p_.m) * p_.c_row + n);
-      for (int v = 0; v < kColumns; ++v) store(c + v * kAll, sum[i][v], left(v));
+      tile(left(0), left(1), left(2), left(3));
     }
   }
 
