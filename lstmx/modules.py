@@ -75,6 +75,11 @@ class _StandIn(type):
         return hash(vars(cls)["_torch_class"]) if "_torch_class" in vars(cls) else id(cls)
 
 
+def _rows(x: Tensor, batch_sizes: Tensor | None) -> int:
+    """B of x [T, B, I], or of [N, I] with batch_sizes."""
+    return x.size(1) if batch_sizes is None else int(batch_sizes[0])
+
+
 def _mask_past(x: Tensor, lengths: Tensor) -> Tensor:
     """x [T, B, ...] with zeros from each row's length on."""
     steps = torch.arange(x.size(0), device=x.device).view(-1, 1, 1)
@@ -104,6 +109,7 @@ class _RecurrentModule(nn.RNNBase, metaclass=_StandIn):
     """
 
     _torch_class: ClassVar[type[nn.RNNBase]]
+    _states: ClassVar[int]
     weight_dropout: float
 
     # ---- Being torch's class --------------------------------------------------------------------
@@ -151,7 +157,6 @@ class _RecurrentModule(nn.RNNBase, metaclass=_StandIn):
         self,
         input: Tensor | PackedSequence,
         hx: States | None,
-        state_sizes: tuple[int, ...],
         lengths: Tensor | None,
         cell_states: bool = False,
     ) -> tuple[Any, States, Any]:
@@ -162,10 +167,10 @@ class _RecurrentModule(nn.RNNBase, metaclass=_StandIn):
                 raise ValueError("lengths must be None with a PackedSequence, which has its own")
             x, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is None:
-                hx = self._zeros(x, int(batch_sizes[0]), state_sizes)
+                self.check_input(x, batch_sizes)
             else:
                 hx = tuple(h if sorted_indices is None else h[:, sorted_indices] for h in hx)
-            self._check(x, hx, batch_sizes)
+                self._check(x, hx, batch_sizes)
             y, hx, c = self._run_layers(x, hx, batch_sizes, None, cell_states)
             if unsorted_indices is not None:
                 hx = tuple(h[:, unsorted_indices] for h in hx)
@@ -187,7 +192,6 @@ class _RecurrentModule(nn.RNNBase, metaclass=_StandIn):
         batch_dim = 0 if self.batch_first else 1
         x = input if batched else input.unsqueeze(batch_dim)
         if hx is None:
-            hx = self._zeros(x, x.size(batch_dim), state_sizes)
             # What torch would check, in a quarter of the time; the words of an error are its own.
             if x.size(-1) != self.input_size or x.dtype != self._weight("weight_ih_l0").dtype:
                 self.check_input(x, None)
@@ -222,10 +226,6 @@ class _RecurrentModule(nn.RNNBase, metaclass=_StandIn):
         if on_host and not ((lengths >= 0) & (lengths <= T)).all():
             raise ValueError(f"lengths must be from 0 to T = {T}, got {lengths.tolist()}")
         return lengths.to(x.device).clamp(0, T)
-
-    def _zeros(self, x: Tensor, batch: int, state_sizes: tuple[int, ...]) -> States:
-        rows = self.num_layers * (2 if self.bidirectional else 1)
-        return tuple(x.new_zeros(rows, batch, size) for size in state_sizes)
 
     def _check(self, x: Tensor, hx: States, batch_sizes: Tensor | None) -> None:
         raise NotImplementedError
@@ -269,13 +269,15 @@ class _RecurrentModule(nn.RNNBase, metaclass=_StandIn):
     def _run_layers(
         self,
         x: Tensor,
-        hx: States,
+        hx: States | None,
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
         cell_states: bool,
     ) -> LayerResult:
         """x is [T, B, I], or [N, I] with batch_sizes; each of hx is [layers * directions, B, H]."""
         directions = 2 if self.bidirectional else 1
+        if hx is None:
+            zeros = (x.new_zeros(_rows(x, batch_sizes), self.hidden_size),) * self._states
         seeds = _draw_seeds(self, self.num_layers * directions, x.device)
         last: list[States] = []
         all_cells: list[Tensor] = []
@@ -285,7 +287,7 @@ class _RecurrentModule(nn.RNNBase, metaclass=_StandIn):
             outputs = []
             for direction in range(directions):
                 index = layer * directions + direction
-                states = tuple(h[index] for h in hx)
+                states = zeros if hx is None else tuple(h[index] for h in hx)
                 weights = [self._weight(name) for name in self._all_weights[index]]
                 options: dict[str, Any] = {
                     "reverse": direction == 1,
@@ -315,6 +317,7 @@ class LSTM(_RecurrentModule):
     """
 
     _torch_class = nn.LSTM
+    _states = 2
 
     def __init__(self, *args: Any, weight_dropout: float = 0.0, **kwargs: Any) -> None:
         nn.RNNBase.__init__(self, "LSTM", *args, **kwargs)
@@ -359,11 +362,9 @@ class LSTM(_RecurrentModule):
                 on the CPU only), or comes with a packed or unbatched input or with ``proj_size``;
                 ``return_cell_states`` comes with ``proj_size``; else what ``torch.nn.LSTM`` raises.
         """
-        hidden = self.proj_size or self.hidden_size
         if return_cell_states and self.proj_size > 0:
             raise ValueError("return_cell_states must be False with proj_size")
-        sizes = (hidden, self.hidden_size)
-        y, hx, c = self._run(input, hx, sizes, lengths, return_cell_states)
+        y, hx, c = self._run(input, hx, lengths, return_cell_states)
         return (y, hx, c) if return_cell_states else (y, hx)
 
     def _check(self, x: Tensor, hx: States, batch_sizes: Tensor | None) -> None:
@@ -384,7 +385,7 @@ class LSTM(_RecurrentModule):
     def _run_layers(
         self,
         x: Tensor,
-        hx: States,
+        hx: States | None,
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
         cell_states: bool,
@@ -392,6 +393,9 @@ class LSTM(_RecurrentModule):
         if self.proj_size == 0:
             return super()._run_layers(x, hx, batch_sizes, lengths, cell_states)
         # Projections are left to torch's own kernels; masked weights go in their place.
+        if hx is None:
+            sizes = (len(self._all_weights), _rows(x, batch_sizes))
+            hx = tuple(x.new_zeros(*sizes, n) for n in (self.proj_size, self.hidden_size))
         weights = [[getattr(self, name) for name in names] for names in self._all_weights]
         for layer, seed in zip(weights, _draw_seeds(self, len(weights), x.device), strict=True):
             if seed is not None:
@@ -415,6 +419,7 @@ class GRU(_RecurrentModule):
     """
 
     _torch_class = nn.GRU
+    _states = 1
 
     def __init__(self, *args: Any, weight_dropout: float = 0.0, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
@@ -434,7 +439,7 @@ class GRU(_RecurrentModule):
     def forward(self, input, hx=None, *, lengths=None):
         """As ``torch.nn.GRU``: returns the output and h_n. ``lengths`` as for :class:`LSTM`."""
         states = None if hx is None else (hx,)
-        y, (h_n,), _ = self._run(input, states, (self.hidden_size,), lengths)
+        y, (h_n,), _ = self._run(input, states, lengths)
         return y, h_n
 
     def _check(self, x: Tensor, hx: States, batch_sizes: Tensor | None) -> None:

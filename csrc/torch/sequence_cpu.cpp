@@ -17,6 +17,34 @@
 namespace lstmx {
 namespace {
 
+// A part of a tensor's memory. Of a short call, views that ATen makes would be a good part.
+struct Matrix {
+  char* data;
+  int64_t rows, columns;
+  int64_t row, column;  // strides, in elements
+  int64_t element;      // bytes
+
+  static Matrix of(const Tensor& t) {
+    auto* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+    return {data, t.size(0), t.size(1), t.stride(0), t.stride(1), t.element_size()};
+  }
+  // A dense tensor as so many rows.
+  static Matrix of(const Tensor& t, int64_t rows) {
+    auto* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+    const int64_t columns = rows > 0 ? t.numel() / rows : t.size(-1);
+    return {data, rows, columns, columns, 1, t.element_size()};
+  }
+
+  Matrix t() const { return {data, columns, rows, column, row, element}; }
+  Matrix some_rows(int64_t first, int64_t count) const {
+    return {data + first * row * element, count, columns, row, column, element};
+  }
+  Matrix some_columns(int64_t first, int64_t count) const {
+    return t().some_rows(first, count).t();
+  }
+  bool dense() const { return column == 1 && row == columns; }
+};
+
 struct CpuInputs : Inputs {
   explicit CpuInputs(const SequenceArgs& args)
       : Inputs(args),
@@ -37,15 +65,15 @@ struct CpuInputs : Inputs {
   }
 
   // out = a b; `more` says what else ProductParams offers.
-  void product(const cpu::ProductKernel& kernel, const Tensor& a, const Tensor& b,
-               const Tensor& out, const cpu::ProductParams& more = {}) const {
+  void product(const cpu::ProductKernel& kernel, const Matrix& a, const Matrix& b,
+               const Matrix& out, const cpu::ProductParams& more = {}) const {
     cpu::ProductParams p = more;
-    p.m = a.size(0), p.n = b.size(1), p.k = a.size(1);
-    p.a = a.const_data_ptr(), p.a_row = a.stride(0), p.a_column = a.stride(1);
-    p.b = b.const_data_ptr(), p.b_row = b.stride(0), p.b_column = b.stride(1);
-    p.c = out.mutable_data_ptr(), p.c_row = out.stride(0);
-    if (p.k == 0 && !p.accumulate && out.is_contiguous()) {
-      std::memset(p.c, 0, out.nbytes());
+    p.m = a.rows, p.n = b.columns, p.k = a.columns;
+    p.a = a.data, p.a_row = a.row, p.a_column = a.column;
+    p.b = b.data, p.b_row = b.row, p.b_column = b.column;
+    p.c = out.data, p.c_row = out.row;
+    if (p.k == 0 && !p.accumulate && out.dense()) {
+      std::memset(p.c, 0, out.rows * out.columns * out.element);
       return;
     }
     const auto scratch = empty_cached({kernel.workspace(p, threads)}, x.options().dtype(at::kByte));
@@ -56,7 +84,7 @@ struct CpuInputs : Inputs {
   // rows W^T in compute, as the gates want it; and W_hh's, whose mask is not rounded with it.
   Tensor gates(const Tensor& rows, const Tensor& w) const {
     auto out = empty_compute({rows.size(0), G * H});
-    product(kernels.gates, rows, w.t(), out);
+    product(kernels.gates, Matrix::of(rows), Matrix::of(w).t(), Matrix::of(out));
     return out;
   }
   Tensor hidden_gates() const {
@@ -149,7 +177,7 @@ struct Recurrence {
       // x W_ih^T goes where the activated gates will be, if they are kept in the same dtype.
       x_gates = params.saved && in.saved_in_compute() ? saved.narrow(1, 0, in.G * in.H)
                                                       : in.empty_compute({x.size(0), in.G * in.H});
-      in.product(in.kernels.gates, x, in.w_ih.t(), x_gates);
+      in.product(in.kernels.gates, Matrix::of(x), Matrix::of(in.w_ih).t(), Matrix::of(x_gates));
       params.x_gates = x_gates.const_data_ptr();
       params.x_gates_stride = x_gates.stride(0);
     }
@@ -299,20 +327,18 @@ class Backward {
     const int64_t B = in_.B, H = in_.H, count = steps.rows;
     const bool whole = chunks_ == 1;
     const auto rows = [&](const Tensor& t) {
-      return t.view({in_.N, in_.N > 0 ? t.numel() / in_.N : t.size(-1)})
-          .narrow(0, steps.first, count);
+      return Matrix::of(t, in_.N).some_rows(steps.first, count);
     };
 
     SequenceBackwardParams p{};
     p.shape = in_.shape;
     if (!whole) p.shape.steps = count / B;
-    auto saved = recompute_ ? gates(steps) : rows(saved_);
+    Tensor again = recompute_ ? gates(steps) : Tensor();
     // Backward reads a row's gates before it writes their gradients.
-    const auto dgates_rows =
+    const auto dgates =
         dgates_over_saved_
-            ? saved
+            ? again
             : empty_cached({count, dgates_row_}, in_.x.options().dtype(dgates_dtype()));
-    const auto dgates = dgates_rows.narrow(1, 0, in_.grads * H);
     auto dbias = in_.empty_compute({in_.grads * H});
     const bool one_step = in_.shape.steps == 1;  // it does not pay for packing W_hh
     if (!one_step) p.dropout = in_.drawn();
@@ -323,12 +349,12 @@ class Backward {
       if (!steps.at_start || need_initial_[k]) dinitial[k] = in_.empty({B, H});
       kept.push_back(initial(k, steps));
       p.initial[k] = kept.back().const_data_ptr();
-      p.states[k] = rows(states_[k]).const_data_ptr();
-      p.dstates[k] = dstates_[k] ? rows(*dstates_[k]).const_data_ptr() : nullptr;
+      p.states[k] = rows(states_[k]).data;
+      p.dstates[k] = dstates_[k] ? rows(*dstates_[k]).data : nullptr;
       p.dlast[k] = i == 0 ? data_or_null(dlast_[k]) : carry_[k].const_data_ptr();
       p.dinitial[k] = dinitial[k].defined() ? dinitial[k].mutable_data_ptr() : nullptr;
     }
-    p.saved = saved.const_data_ptr();
+    p.saved = recompute_ ? again.const_data_ptr() : rows(saved_).data;
     p.dgates = dgates.mutable_data_ptr(), p.dgates_row = dgates_row_;
     p.dbias = dbias.mutable_data_ptr();
     p.packed = workspace_.defined();
@@ -337,25 +363,25 @@ class Backward {
     in_.cell.backward(p, in_.threads);
     // The products have their own, and packed weights for the next gates take its place.
     if (i + 1 == chunks_ || recompute_) workspace_ = Tensor();
-    saved = Tensor();
+    again = Tensor();
     for (int k = 0; k < in_.states; ++k) carry_[k] = dinitial[k];
     dbias_ = i == 0 ? dbias : dbias_.add_(dbias);
 
     // The input's gradients come in the cell's own order of gates; see kInputRotation.
-    const auto dgates_x = dgates.narrow(1, in_.input_grads * H, in_.G * H);
-    const auto dgates_h = dgates.narrow(1, in_.hidden_grads * H, in_.G * H);
+    const auto dgates_x = Matrix::of(dgates).some_columns(in_.input_grads * H, in_.G * H);
+    const auto dgates_h = Matrix::of(dgates).some_columns(in_.hidden_grads * H, in_.G * H);
     cpu::ProductParams rotated{};
     rotated.b_rotation = rotated.c_rotation = (in_.G - in_.input_rotation) % in_.G * H;
     if (one_step && need_initial_[0]) {
       auto through_w_hh = in_.empty({B, H});
-      in_.product(in_.kernels.grads, dgates_h, in_.dropout.seed ? in_.kept_w_hh() : in_.w_hh,
-                  through_w_hh);
+      const auto w_hh = in_.dropout.seed ? in_.kept_w_hh() : in_.w_hh;
+      in_.product(in_.kernels.grads, dgates_h, Matrix::of(w_hh), Matrix::of(through_w_hh));
       carry_[0].add_(through_w_hh, in_.dropout.seed ? in_.scale() : 1.0);
     }
     if (need_x_) {
       cpu::ProductParams more = rotated;
       more.c_rotation = 0;
-      in_.product(in_.kernels.grads, dgates_x, in_.w_ih, rows(dx_), more);
+      in_.product(in_.kernels.grads, dgates_x, Matrix::of(in_.w_ih), rows(dx_), more);
     }
     // Sums over several chunks are kept in the type that they are computed in. They are made only
     // now, where the packed weights may have been.
@@ -367,7 +393,7 @@ class Backward {
       if (i == 0) dw_ih_ = sums(in_.w_ih);
       cpu::ProductParams more = rotated;
       more.b_rotation = 0, more.accumulate = i > 0;
-      in_.product(kernel, dgates_x.t(), rows(in_.x), dw_ih_, more);
+      in_.product(kernel, dgates_x.t(), rows(in_.x), Matrix::of(dw_ih_), more);
     }
     if (need_w_hh_) {
       if (i == 0) dw_hh_ = sums(in_.w_hh);
@@ -377,8 +403,8 @@ class Backward {
       const bool less = found_zeros(steps);
       const auto h_prev = less ? known(0, steps) : previous(0, steps);
       if (i + 1 == chunks_ && h_prev.numel() > 0) more.dropout = in_.drawn();  // of the whole sum
-      const auto of_h = dgates_h.narrow(0, less && !in_.shape.reverse ? B : 0, h_prev.size(0));
-      in_.product(kernel, of_h.t(), h_prev, dw_hh_, more);
+      const auto of_h = dgates_h.some_rows(less && !in_.shape.reverse ? B : 0, h_prev.size(0));
+      in_.product(kernel, of_h.t(), Matrix::of(h_prev), Matrix::of(dw_hh_), more);
     }
   }
 
