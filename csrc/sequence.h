@@ -47,8 +47,10 @@ struct SequenceForwardParams {
   bool from_zero;                   // initial[0] is zeros, which W_hh need not meet
   void* states[kMaxStates];         // [N, H] storage: y, c; c may be null
   void* last[kMaxStates];           // [B, H] storage: each row's final states
-  void* saved;  // [N, kSaved*H] storage, or null; where storage is compute, x_gates may be its
-                // first columns (a row's gates are read before they are overwritten)
+  void* saved;  // [saved_end - saved_begin, kSaved*H] storage: of those rows, which are whole
+                // steps; or null. Where they are all rows and storage is compute, x_gates may be
+                // its first columns (a row's gates are read before they are overwritten)
+  int64_t saved_begin, saved_end;
   void* workspace;
   bool packed;  // the workspace has the weights already, from a call with at least as many rows
 };

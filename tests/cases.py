@@ -120,6 +120,9 @@ CPU_PATHS = [
     *_both_cells(T=9, B=200, I=8, H=300, weight_dropout=0.5),
     *_both_cells(T=9, B=64, I=7, H=33, memory="low", weight_dropout=0.5),
     *_both_cells(T=9, B=64, I=8, H=33, memory="low", reverse=True),
+    # Of so many rows forward keeps some gates.
+    *_both_cells(T=16, B=70, I=7, H=33, memory="low", weight_dropout=0.5),
+    *_both_cells(T=16, B=70, I=8, H=33, memory="low", reverse=True),
     *_both_cells(T=1, B=64, I=70, H=90, weight_dropout=0.5),
     *_both_cells(T=1, B=5, I=300, H=19),
     *_both_cells(T=1, B=20, I=700, H=800),
@@ -135,8 +138,12 @@ CPU_PATHS += [
     ]
 ]
 
-# What CUDA does otherwise there: gates computed again in parts.
-CUDA_PATHS = _both_cells(T=3, B=700, I=2, H=3, memory="low", weight_dropout=0.5)
+# What CUDA does otherwise there: gates computed again in parts, or kept in part.
+CUDA_PATHS = [
+    *_both_cells(T=3, B=700, I=2, H=3, memory="low", weight_dropout=0.5),
+    *_both_cells(T=9, B=130, I=2, H=3, memory="low"),
+    *_both_cells(T=9, B=130, I=2, H=3, memory="low", reverse=True),
+]
 
 
 # The shapes of the field: AWD-LSTM's layers, the chapter's, cuDNN's favourites, and odd ones.

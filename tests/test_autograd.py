@@ -126,9 +126,11 @@ def test_opcheck_internal_ops(case):
     args = [case.cell, *(tensors.get(name) for name in names)]
     tail = [options[name] for name in ("batch_sizes", "reverse", "seed", "weight_dropout")]
     forward = torch.ops.lstmx._sequence_forward.default
-    for save_gates in (True, False):
-        library.opcheck(forward, (*args, *tail, save_gates, True))
-    y, h_n, _, c, saved = forward(*args, *tail, True, True)
+    x, packed = tensors["x"], options["batch_sizes"] is not None
+    rows = x.size(0) if packed else x.size(0) * x.size(1)
+    for saved_rows in (rows, 0) if packed else (rows, x.size(1), 0):
+        library.opcheck(forward, (*args, *tail, saved_rows, True))
+    y, h_n, _, c, saved = forward(*args, *tail, rows, True)
     needed = [tensors.get(name) is not None for name in names]
     grads = [torch.randn_like(y), torch.randn_like(h_n), None, None]
     library.opcheck(

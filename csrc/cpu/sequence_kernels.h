@@ -200,6 +200,13 @@ class Forward {
     std::fill(panel + grouped<O>(depth) * G * V::kLanes, panel + panel_size(depth), O{});
   }
 
+  LSTMX_INLINE bool saves(const Walk& walk) const {
+    return p_.saved && walk.offset >= p_.saved_begin && walk.offset < p_.saved_end;
+  }
+  LSTMX_INLINE Storage* saved_at(int64_t row, int64_t unit) const {
+    return at<Storage>(p_.saved, (row - p_.saved_begin) * Cell::kSaved * H_ + unit);
+  }
+
   // What finish meets that is not in the cache: mostly where it writes.
   LSTMX_INLINE void fetch(const Walk& walk, int64_t tile, int64_t first, int64_t count) const {
     const int64_t unit = tile * V::kLanes;
@@ -207,8 +214,8 @@ class Forward {
       for (int k = 0; k < Cell::kStates; ++k) {
         if (p_.states[k]) fetch_run(at<Storage>(p_.states[k], row * H_ + unit), V::kLanes);
       }
-      for (int s = 0; p_.saved && s < Cell::kSaved; ++s) {
-        fetch_run(at<Storage>(p_.saved, (row * Cell::kSaved + s) * H_ + unit), V::kLanes);
+      for (int s = 0; saves(walk) && s < Cell::kSaved; ++s) {
+        fetch_run(saved_at(row, unit) + s * H_, V::kLanes);
       }
       for (int g = 0; I_ == 0 && g < G; ++g) {
         fetch_run(at<T>(p_.x_gates, row * p_.x_gates_stride + g * H_ + unit), V::kLanes);
@@ -221,6 +228,7 @@ class Forward {
   LSTMX_CALL void finish(const Walk& walk, int64_t tile, Lanes lanes, int64_t first, int64_t count,
                          const T* c, const T* cx, const O* h, O* h_next) const {
     const int64_t unit = tile * V::kLanes, gate_stride = I_ > 0 ? V::kLanes : H_;
+    const bool save = saves(walk);
     const V scale(static_cast<T>(mask_.scale));
     V bias_ih[G], bias_hh[G];
     for (int g = 0; g < G; ++g) {
@@ -257,8 +265,8 @@ class Forward {
           store(state_[k - 1] + row * Hp_ + unit, next[k].row[i]);
           if (p_.states[k]) store(at<Storage>(p_.states[k], position), next[k].row[i], lanes);
         }
-        if (p_.saved) {
-          Storage* to = at<Storage>(p_.saved, (walk.offset + row) * Cell::kSaved * H_ + unit);
+        if (save) {
+          Storage* to = saved_at(walk.offset + row, unit);
           for (int s = 0; s < Cell::kSaved; ++s) store(to + s * H_, saved[s].row[i], lanes);
         }
         if (row >= walk.next_rows) {

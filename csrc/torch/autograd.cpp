@@ -67,7 +67,8 @@ struct SequenceFunction : torch::autograd::Function<SequenceFunction> {
                                const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
                                const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, h_n, c_n, c, saved] = call_sequence_forward(args, save_gates, /*cell_states=*/true);
+    auto [y, h_n, c_n, c, saved] = call_sequence_forward(
+        args, save_gates ? args.sym_rows() : args.sym_rows_kept(), /*cell_states=*/true);
     const auto tensor = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
     ctx->save_for_backward({x, h0, tensor(c0), w_ih, w_hh, tensor(b_ih), tensor(b_hh), y, c, saved,
                             tensor(args.batch_sizes), tensor(args.seed)});
@@ -133,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sequence_autograd(const SequenceArgs&
   if (!requires_grad || !at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto [y, h_n, c_n, c, saved] =
-        call_sequence_forward(args, /*save_gates=*/false, cell_states);
+        call_sequence_forward(args, /*saved_rows=*/0, cell_states);
     return {y, h_n, c_n, c};
   }
   const auto out = SequenceFunction::apply(args, save_gates, cell_states, args.x, args.h0, args.c0,

@@ -40,8 +40,7 @@ GruResult gru_sequence(const Tensor& x, const Tensor& h0, const Tensor& w_ih, co
 // ---- Ways to compute ---------------------------------------------------------------------------
 
 LstmResult without_autograd(const SequenceArgs& args, bool, bool cell_states) {
-  const auto [y, h_n, c_n, c, saved] =
-      call_sequence_forward(args, /*save_gates=*/false, cell_states);
+  const auto [y, h_n, c_n, c, saved] = call_sequence_forward(args, /*saved_rows=*/0, cell_states);
   return {y, h_n, c_n, c};
 }
 
@@ -76,7 +75,8 @@ LstmResult by_autocast(const SequenceArgs& args, bool save_gates, bool cell_stat
 
 // ---- Shapes ------------------------------------------------------------------------------------
 
-ForwardResult sequence_forward_meta(const SequenceArgs& args, bool save_gates, bool cell_states) {
+ForwardResult sequence_forward_meta(const SequenceArgs& args, c10::SymInt saved_rows,
+                                    bool cell_states) {
   args.check();
   const auto [states, saved] = with_cell(args.cell, [](auto cell) {
     return std::pair<int, int>(decltype(cell)::kStates, decltype(cell)::kSaved);
@@ -87,11 +87,10 @@ ForwardResult sequence_forward_meta(const SequenceArgs& args, bool save_gates, b
   const auto H = args.w_hh.sym_size(1);
   auto like_x = args.x.sym_sizes().vec();
   like_x.back() = H;
-  const auto N = args.batch_sizes ? args.x.sym_size(0) : args.x.sym_size(0) * args.x.sym_size(1);
   const std::vector<c10::SymInt> none = {0}, last = args.h0.sym_sizes().vec();
   return {empty(like_x), empty(last), empty(states > 1 ? last : none),
           empty(states > 1 && cell_states ? like_x : none),
-          empty(save_gates ? std::vector<c10::SymInt>{N, saved, H} : none)};
+          empty({std::move(saved_rows), saved, H})};
 }
 
 BackwardResult sequence_backward_meta(const SequenceArgs& args, const OutputGrads&, const Tensor&,
@@ -116,12 +115,13 @@ Tensor weight_mask_meta(const Tensor& seed, c10::SymIntArrayRef size, double p,
 
 // ---- Through the dispatcher --------------------------------------------------------------------
 
-ForwardResult call_sequence_forward(const SequenceArgs& a, bool save_gates, bool cell_states) {
+ForwardResult call_sequence_forward(const SequenceArgs& a, const c10::SymInt& saved_rows,
+                                    bool cell_states) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow(LSTMX_OP("_sequence_forward"), "")
                              .typed<ForwardFn>();
   return op.call(a.cell, a.x, a.h0, a.c0, a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.batch_sizes, a.reverse,
-                 a.seed, a.weight_dropout, save_gates, cell_states);
+                 a.seed, a.weight_dropout, saved_rows, cell_states);
 }
 
 BackwardResult call_sequence_backward(const SequenceArgs& a, const OutputGrads& grads,
@@ -158,7 +158,7 @@ LSTMX_DEFINE_LIBRARY(m) {
   m.def(
       "_sequence_forward(str cell, Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
       "Tensor? b_ih, Tensor? b_hh, Tensor? batch_sizes, bool reverse, Tensor? seed, "
-      "float weight_dropout, bool save_gates, bool cell_states) "
+      "float weight_dropout, SymInt saved_rows, bool cell_states) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor saved)");
   m.def(
       "_sequence_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, str cell, Tensor x, "

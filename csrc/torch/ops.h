@@ -29,20 +29,20 @@ namespace lstmx {
 
 using ForwardFn = ForwardResult(std::string_view, const Tensor&, const Tensor&,
                                 const OptionalTensor&, const Tensor&, const Tensor&, LSTMX_TAIL,
-                                bool, bool);
+                                c10::SymInt, bool);
 using BackwardFn = BackwardResult(const OptionalTensor&, const OptionalTensor&,
                                   const OptionalTensor&, const OptionalTensor&, std::string_view,
                                   const Tensor&, const Tensor&, const OptionalTensor&,
                                   const Tensor&, const Tensor&, LSTMX_TAIL, const Tensor&,
                                   const Tensor&, const Tensor&, std::array<bool, kInputs>);
 
-template <ForwardResult (*compute)(const SequenceArgs&, bool save_gates, bool cell_states)>
+template <ForwardResult (*compute)(const SequenceArgs&, c10::SymInt saved_rows, bool cell_states)>
 ForwardResult sequence_forward(std::string_view cell, const Tensor& x, const Tensor& h0,
                                const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
-                               LSTMX_TAIL, bool save_gates, bool cell_states) {
+                               LSTMX_TAIL, c10::SymInt saved_rows, bool cell_states) {
   return compute({std::string(cell), x, h0, c0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, seed,
                   weight_dropout},
-                 save_gates, cell_states);
+                 std::move(saved_rows), cell_states);
 }
 
 template <BackwardResult (*compute)(const SequenceArgs&, const OutputGrads&, const Tensor& y,

@@ -12,11 +12,15 @@
 
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
+#include "../sequence.h"
 
 namespace lstmx {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// In backward, gates are computed again in so many chunks at most, of so many rows at least.
+inline constexpr int64_t kMostChunks = 8, kLeastChunkRows = 256;
 
 struct SequenceArgs {
   std::string cell;
@@ -39,10 +43,24 @@ struct SequenceArgs {
   void check() const;
   // What needs the values of batch_sizes. Returns T.
   int64_t check_batch_sizes() const;
+
+  // N, and how many rows' gates memory="low" keeps: those that backward meets first. To keep them
+  // costs no memory that it would not need a little later, and they need not be computed again.
+  c10::SymInt sym_rows() const { return batch_sizes ? x.sym_size(0) : x.sym_size(0) * x.sym_size(1); }
+  c10::SymInt sym_rows_kept() const;
 };
 
-// y [as x, H], h_n [B, H], c_n [B, H], c [as y], saved [N, kSaved, H]; [0] for what does not exist
-// or was not asked for.
+// Which rows a call keeps the gates of: the last `count` that it comes to, whole steps.
+struct SavedRows {
+  int64_t begin, end;
+
+  static SavedRows make(const SequenceShape& shape, int64_t rows, int64_t count) {
+    return shape.reverse ? SavedRows{0, count} : SavedRows{rows - count, rows};
+  }
+};
+
+// y [as x, H], h_n [B, H], c_n [B, H], c [as y], saved [saved_rows, kSaved, H]; [0] for a state that
+// does not exist or was not asked for.
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // Of x, h0, c0, w_ih, w_hh, b_ih, b_hh; undefined where not asked for.
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -58,7 +76,8 @@ Tensor weight_mask_composite(const Tensor& seed, c10::SymIntArrayRef size, doubl
                              at::ScalarType dtype);
 
 // Calls the op of that name through the dispatcher.
-ForwardResult call_sequence_forward(const SequenceArgs& args, bool save_gates, bool cell_states);
+ForwardResult call_sequence_forward(const SequenceArgs& args, const c10::SymInt& saved_rows,
+                                    bool cell_states);
 BackwardResult call_sequence_backward(const SequenceArgs& args, const OutputGrads& grads,
                                       const Tensor& y, const Tensor& c, const Tensor& saved,
                                       std::array<bool, kInputs> needed);

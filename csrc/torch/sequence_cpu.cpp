@@ -138,7 +138,7 @@ Tensor CpuInputs::kept_w_hh() const {
   return w_hh * mask.sign_();
 }
 
-// What both forms of a forward call read and write.
+// What both forms of a forward call read and write. `saved` is [rows, kSaved * H].
 template <class Params>
 Params forward_params(const CpuInputs& in, const SequenceShape& shape, const Tensor& saved) {
   Params p{};
@@ -163,20 +163,23 @@ void forward_one_step(const CpuInputs& in, void* const* states, void* const* las
   in.cell.step(p, in.threads);
 }
 
-// The recurrence over some of the rows. `saved` is [rows, kSaved * H] or empty.
+// The recurrence over some of the rows. `saved` is [rows, kSaved * H], of the last of them.
 struct Recurrence {
   // `fused`: whether it had better multiply the input itself.
   Recurrence(const CpuInputs& in, const SequenceShape& shape, const Tensor& x, const Tensor& saved,
              bool fused)
       : params(forward_params<SequenceForwardParams>(in, shape, saved)) {
+    const auto of = SavedRows::make(shape, x.size(0), saved.size(0));
+    params.saved_begin = of.begin, params.saved_end = of.end;
     if (fused) {
       params.shape.inputs = x.size(1);
       params.x = x.const_data_ptr();
       params.w_ih = in.w_ih.const_data_ptr();
     } else {
       // x W_ih^T goes where the activated gates will be, if they are kept in the same dtype.
-      x_gates = params.saved && in.saved_in_compute() ? saved.narrow(1, 0, in.G * in.H)
-                                                      : in.empty_compute({x.size(0), in.G * in.H});
+      const bool over_saved = saved.size(0) == x.size(0) && in.saved_in_compute();
+      x_gates = over_saved ? saved.narrow(1, 0, in.G * in.H)
+                           : in.empty_compute({x.size(0), in.G * in.H});
       in.product(in.kernels.gates, Matrix::of(x), Matrix::of(in.w_ih).t(), Matrix::of(x_gates));
       params.x_gates = x_gates.const_data_ptr();
       params.x_gates_stride = x_gates.stride(0);
@@ -191,20 +194,21 @@ struct Recurrence {
   Tensor x_gates, workspace;  // what params points to
 };
 
-ForwardResult sequence_forward_cpu(const SequenceArgs& args, bool save_gates, bool cell_states) {
+ForwardResult sequence_forward_cpu(const SequenceArgs& args, c10::SymInt saved_rows,
+                                   bool cell_states) {
   const CpuInputs in(args);
   const bool keep_c = in.states > 1 && cell_states;
   auto y = in.empty(in.output_size());
   auto c = keep_c ? in.empty(in.output_size()) : in.empty({0});
   Tensor h_n = in.empty({in.B, in.H}), c_n = in.states > 1 ? in.empty({in.B, in.H}) : in.empty({0});
-  auto saved = save_gates ? in.empty({in.N, in.saved, in.H}) : in.empty({0});
+  auto saved = in.empty({saved_rows.expect_int(), in.saved, in.H});
   void* const states[] = {y.mutable_data_ptr(), keep_c ? c.mutable_data_ptr() : nullptr};
   void* const last[] = {h_n.mutable_data_ptr(), c_n.mutable_data_ptr()};
   if (in.shape.steps == 1) {
     forward_one_step(in, states, last, saved);
   } else {
     const auto x = in.x_rows();
-    Recurrence forward(in, in.shape, x, save_gates ? saved.view({in.N, in.saved * in.H}) : saved,
+    Recurrence forward(in, in.shape, x, saved.flatten(1),
                        in.cell.fuses_input(in.shape, x.size(1), in.threads));
     for (int k = 0; k < in.states; ++k) {
       forward.params.states[k] = states[k], forward.params.last[k] = last[k];
@@ -226,7 +230,8 @@ class Backward {
       : in_(in),
         states_{y.contiguous(), c.contiguous()},
         saved_(saved.contiguous()),
-        recompute_(saved.numel() == 0 && in.N > 0),
+        kept_(saved.size(0) < in.N ? saved.size(0) / in.B : 0),
+        recompute_(saved.size(0) < in.N),
         dgates_row_(dgates_row()),
         dgates_over_saved_(recompute_ && dgates_row_ == in.saved * in.H &&
                            dgates_dtype() == in.x.scalar_type()),
@@ -241,11 +246,7 @@ class Backward {
   }
 
   BackwardResult run(bool need_b_ih, bool need_b_hh) {
-    const int64_t T = in_.shape.steps;
-    for (int64_t i = 0; i < chunks_; ++i) {
-      const int64_t place = in_.shape.reverse ? i : chunks_ - 1 - i;
-      chunk(steps(T * place / chunks_, T * (place + 1) / chunks_), i);
-    }
+    for (int64_t i = 0; i < chunks_; ++i) chunk(steps(i), i);
     for (Tensor* dw : {&dw_ih_, &dw_hh_}) {
       if (dw->defined() && dw->scalar_type() != in_.x.scalar_type()) {
         *dw = in_.empty(dw->sizes()).copy_(*dw);
@@ -272,24 +273,27 @@ class Backward {
     if (in_.shape.batch_sizes || in_.B == 0) return 1;
     const int64_t compute = c10::elementSize(in_.compute);
     const int64_t worthwhile = by_unit() ? 1024 : 512;
-    const int64_t least =
-        recompute_ ? 256 : std::max(worthwhile, (4 << 20) / (in_.grads * in_.H * compute));
+    const int64_t least = recompute_
+                              ? kLeastChunkRows
+                              : std::max(worthwhile, (4 << 20) / (in_.grads * in_.H * compute));
+    const int64_t kept = kept_ > 0, others = in_.shape.steps - kept_;
     const int64_t most =
-        std::clamp<int64_t>(in_.N / least, 1, std::min<int64_t>(in_.shape.steps, 8));
+        std::clamp<int64_t>(others * in_.B / least, 1, std::min(others, kMostChunks - kept));
     int64_t best = peak_bytes(1);
     for (int64_t count = 2; count <= most; ++count) best = std::min(best, peak_bytes(count));
     int64_t fewest = 1;
     while (peak_bytes(fewest) > best + best / 10) ++fewest;
-    return fewest;
+    return fewest + kept;
   }
 
-  // What so many chunks hold at once, beside what any number does.
+  // What so many chunks, beside the one that is kept, hold at once, beside what any number does.
   int64_t peak_bytes(int64_t count) const {
-    const int64_t rows = (in_.shape.steps + count - 1) / count * in_.B;
+    const int64_t rows = (in_.shape.steps - kept_ + count - 1) / count * in_.B;
+    const bool one = count == 1 && kept_ == 0;
     const int64_t storage = in_.x.element_size(), grad = c10::elementSize(dgates_dtype());
     const int64_t w_hh = in_.w_hh.numel(), weights = in_.w_ih.numel() + w_hh;
-    const int64_t sums = weights * (count > 1 ? c10::elementSize(in_.compute) : storage);
-    const int64_t before = count > 1 ? sums : 0;  // those of the chunks before
+    const int64_t sums = weights * (one ? storage : c10::elementSize(in_.compute));
+    const int64_t before = one ? 0 : sums;  // those of the chunks before
     const int64_t saved = recompute_ ? rows * in_.saved * in_.H * storage : 0;
     const int64_t dgates = rows * dgates_row_ * grad;
     const int64_t again =
@@ -316,10 +320,16 @@ class Backward {
     bool at_start;        // they are the first that forward took
     int64_t first, rows;  // rows [first, first + rows)
   };
-  Steps steps(int64_t begin, int64_t end) const {
-    const bool at_start = in_.shape.reverse ? end == in_.shape.steps : begin == 0;
-    if (chunks_ == 1) return {at_start, 0, in_.N};
-    return {at_start, begin * in_.B, (end - begin) * in_.B};
+  // Of chunk i, in the order of backward: the one that is kept, or an equal part of the others.
+  Steps steps(int64_t i) const {
+    if (chunks_ == 1) return {true, 0, in_.N};
+    const int64_t T = in_.shape.steps, others = T - kept_, kept = kept_ > 0;
+    const int64_t place = chunks_ - 1 - i, parts = chunks_ - kept;
+    // In the order of forward.
+    const int64_t begin = i < kept ? others : others * place / parts;
+    const int64_t end = i < kept ? T : others * (place + 1) / parts;
+    const int64_t first = in_.shape.reverse ? T - end : begin;
+    return {begin == 0, first * in_.B, (end - begin) * in_.B};
   }
 
   // After the later ones if i > 0.
@@ -333,10 +343,10 @@ class Backward {
     SequenceBackwardParams p{};
     p.shape = in_.shape;
     if (!whole) p.shape.steps = count / B;
-    Tensor again = recompute_ ? gates(steps) : Tensor();
+    Tensor again = recompute_ && (i > 0 || kept_ == 0) ? gates(steps) : Tensor();
     // Backward reads a row's gates before it writes their gradients.
     const auto dgates =
-        dgates_over_saved_
+        dgates_over_saved_ && again.defined()
             ? again
             : empty_cached({count, dgates_row_}, in_.x.options().dtype(dgates_dtype()));
     auto dbias = in_.empty_compute({in_.grads * H});
@@ -354,7 +364,7 @@ class Backward {
       p.dlast[k] = i == 0 ? data_or_null(dlast_[k]) : carry_[k].const_data_ptr();
       p.dinitial[k] = dinitial[k].defined() ? dinitial[k].mutable_data_ptr() : nullptr;
     }
-    p.saved = recompute_ ? again.const_data_ptr() : rows(saved_).data;
+    p.saved = again.defined() ? again.const_data_ptr() : saved(steps);
     p.dgates = dgates.mutable_data_ptr(), p.dgates_row = dgates_row_;
     p.dbias = dbias.mutable_data_ptr();
     p.packed = workspace_.defined();
@@ -406,6 +416,13 @@ class Backward {
       const auto of_h = dgates_h.some_rows(less && !in_.shape.reverse ? B : 0, h_prev.size(0));
       in_.product(kernel, of_h.t(), Matrix::of(h_prev), Matrix::of(dw_hh_), more);
     }
+  }
+
+  // The gates that forward kept.
+  const void* saved(const Steps& steps) const {
+    const int64_t kept = saved_.size(0);
+    const auto begin = SavedRows::make(in_.shape, in_.N, kept).begin;
+    return Matrix::of(saved_, kept).some_rows(steps.first - begin, steps.rows).data;
   }
 
   // The state that the first of the steps found.
@@ -478,6 +495,7 @@ class Backward {
   const CpuInputs& in_;
   const Tensor states_[kMaxStates];  // y, c
   const Tensor saved_;
+  const int64_t kept_;  // how many steps' gates forward kept, if not all
   const bool recompute_;
   const int64_t dgates_row_;      // elements from one of its rows to the next
   const bool dgates_over_saved_;  // the gates' gradients take the place of gates computed again

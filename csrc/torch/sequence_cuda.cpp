@@ -146,12 +146,14 @@ void* row_of(const Tensor& t, int64_t row, int64_t row_elements) {
   return static_cast<char*>(t.mutable_data_ptr()) + row * row_elements * t.element_size();
 }
 
-ForwardResult sequence_forward_cuda(const SequenceArgs& args, bool save_gates, bool cell_states) {
+ForwardResult sequence_forward_cuda(const SequenceArgs& args, c10::SymInt saved_rows,
+                                    bool cell_states) {
   const CudaInputs in(args);
   const bool keep_c = in.states > 1 && cell_states;
   const Tensor states[] = {in.empty(in.output_size()),
                            keep_c ? in.empty(in.output_size()) : Tensor()};
-  const auto saved = save_gates ? in.empty({in.N, in.saved, in.H}) : Tensor();
+  const auto saved = in.empty({saved_rows.expect_int(), in.saved, in.H});
+  const auto kept = SavedRows::make(in.shape, in.N, saved.size(0));
 
   const auto x_gates = in.x_gates(in.pad(in.x_rows()));
   const auto w_hh_t = in.prepare(in.w_hh, 0, in.dropout).t();
@@ -179,7 +181,9 @@ ForwardResult sequence_forward_cuda(const SequenceArgs& args, bool save_gates, b
       p.carried[k] = row_of(carried[k], 0, in.H);
       p.states[k] = row_of(states[k], walk.offset, in.H);
     }
-    p.saved = row_of(saved, walk.offset, in.saved * in.H);
+    if (walk.offset >= kept.begin && walk.offset < kept.end) {
+      p.saved = row_of(saved, walk.offset - kept.begin, in.saved * in.H);
+    }
     step.m = walk.rows;
     if (step.add) step.c = row_of(x_gates, walk.offset, in.G * in.Hp);
     in.blas.multiply(step);
@@ -188,24 +192,28 @@ ForwardResult sequence_forward_cuda(const SequenceArgs& args, bool save_gates, b
   const auto none = [&](const Tensor& t) { return t.defined() ? t : in.empty({0}); };
   return {states[0], h.narrow(1, 0, in.H).clone(at::MemoryFormat::Contiguous),
           in.states > 1 ? carried[1].to(in.x.scalar_type()) : in.empty({0}), none(states[1]),
-          none(saved)};
+          saved};
 }
 
 // Of gates computed again: enough to fill the device, few enough for what they are made of not to
 // take more memory than it saves.
 constexpr int64_t kRowsAtOnce = 2048;
 
-// The gates, from the states alone. No row waits for another: many at a time make one step.
-Tensor recompute_gates(const CudaInputs& in, const Tensor& x_operand, const Tensor& h_prev,
-                       const Tensor& c) {
+// All gates, of which some were kept; the others from the states alone. No row waits for another:
+// many at a time make one step.
+Tensor recompute_gates(const CudaInputs& in, const Tensor& kept, const Tensor& x_operand,
+                       const Tensor& h_prev, const Tensor& c) {
   auto saved = in.empty({in.N, in.saved, in.H});
+  const auto known = SavedRows::make(in.shape, in.N, kept.size(0));
+  saved.narrow(0, known.begin, kept.size(0)).copy_(kept);
+  const int64_t first = in.shape.reverse ? known.end : 0, end = first + in.N - kept.size(0);
   const auto w_ih_t = in.prepare(in.w_ih, 0).t();
   const auto w_hh_t = in.prepare(in.w_hh, 0, in.dropout).t();
-  const int64_t most = std::min(in.N, kRowsAtOnce);
+  const int64_t most = std::min(end - first, kRowsAtOnce);
   const auto x_gates = in.empty_compute({most, in.G * in.Hp}), h_gates = in.h_gates(most);
   const auto c_prev = in.states > 1 ? in.previous(1, c) : Tensor();
-  for (int64_t row = 0; row < in.N; row += most) {
-    const int64_t rows = std::min(most, in.N - row);
+  for (int64_t row = first; row < end; row += most) {
+    const int64_t rows = std::min(most, end - row);
     in.product(x_operand.narrow(0, row, rows), w_ih_t, x_gates.narrow(0, 0, rows));
     const auto& to = in.cell.summed ? x_gates : h_gates;
     in.product(h_prev.narrow(0, row, rows), w_hh_t, to.narrow(0, 0, rows), in.cell.summed);
@@ -231,11 +239,12 @@ BackwardResult sequence_backward_cuda(const SequenceArgs& args, const OutputGrad
   const CudaInputs in(args);
   const auto [need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh] = needed;
   const auto y = y_.contiguous(), c = c_.contiguous();
-  const bool recompute = saved_.numel() == 0 && in.N > 0;
+  const bool recompute = saved_.size(0) < in.N;
   Tensor h_prev, x_operand;
   if (recompute || need_w_hh) h_prev = in.pad(in.previous(0, y));
   if (recompute || need_w_ih) x_operand = in.pad(in.x_rows());
-  const auto saved = recompute ? recompute_gates(in, x_operand, h_prev, c) : saved_.contiguous();
+  const auto saved =
+      recompute ? recompute_gates(in, saved_, x_operand, h_prev, c) : saved_.contiguous();
 
   const auto w_hh = in.prepare(in.w_hh, 0, in.dropout);
   const auto dgates = in.empty({in.N, in.grads * in.Hp});

@@ -82,7 +82,7 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
   f.shape = shape, f.dropout = drawn.dropout;
   f.x_gates = x_gates.data.get(), f.x_gates_stride = G * H;
   f.w_hh = w_hh.data.get(), f.b_ih = b_ih.data.get(), f.b_hh = b_hh.data.get();
-  f.saved = saved.data.get(), f.from_zero = q.from_zero;
+  f.saved = saved.data.get(), f.saved_begin = 0, f.saved_end = N, f.from_zero = q.from_zero;
   for (int k = 0; k < S; ++k) {
     initial.emplace_back(a.initial[k]), states.emplace_back(N * H), last.emplace_back(B * H);
     dstates.emplace_back(a.dstates[k]), dlast.emplace_back(a.dlast[k]);
