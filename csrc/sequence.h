@@ -28,8 +28,8 @@ struct SequenceShape {
 };
 
 struct WeightDropout {
-  const int64_t* seed;  // one value, on the device of the weights; null: no mask
-  double p;             // in [0, 1]
+  const int64_t* seed;            // one value, on the device of the weights; null: no mask
+  double p;                       // in [0, 1]
   const uint8_t* kept = nullptr;  // for the CPU's kernels, which read no seed: see csrc/cpu/mask.h
 };
 

@@ -45,7 +45,7 @@ class Mutation:
 
 LSTM, GRU, PHILOX = "cells/lstm.h", "cells/gru.h", "philox.h"
 KERNELS, PACK, PRODUCT = "cpu/sequence_kernels.h", "cpu/pack.h", "cpu/product.h"
-VECTOR = "cpu/vector.h"
+VECTOR, MASK = "cpu/vector.h", "cpu/mask.h"
 TORCH = "torch/sequence_cpu.cpp"
 STEP, INPUTS, CUDA = "cuda/stepwise.cuh", "torch/inputs.cpp", "torch/sequence_cuda.cpp"
 
@@ -73,8 +73,12 @@ CPP = [
     Mutation(VECTOR, "kSigmoidLeast = -710", "kSigmoidLeast = -1e3"),
     Mutation(VECTOR, "kTanhMost = 20", "kTanhMost = 18"),
     Mutation(VECTOR, "e.fraction * e.scale - (1 - e.scale)", "0 - (1 - (e.scale + e.fraction * e.scale))"),
-    Mutation(PACK, "load<T>(from + i + j, lanes) * load<T>(kept + j)", "load<T>(from + i + j, lanes)"),
-    Mutation(PACK, "rotated(k, rotation, depth) * ld", "k * ld"),
+    Mutation(MASK, "bits >>= element % 8;", ""),
+    Mutation(MASK, "of_word << (w * kLanes)", "of_word << w"),
+    Mutation(MASK, "if (rule.threshold >> 32) bits = 0;", ""),
+    Mutation(MASK, "kept + draws.begin * (kDraw / 8)", "kept"),
+    Mutation(PACK, "load<T>(from + i, lanes) * kept_lanes<T>(mask.kept, element + i)", "load<T>(from + i, lanes)"),
+    Mutation(PACK, "exists ? rotated(k, rotation, depth) * ld : 0", "exists ? k * ld : 0"),
     Mutation(KERNELS, "load<T>(h_gates + g * V::kLanes) * scale", "load<T>(h_gates + g * V::kLanes)"),
     Mutation(KERNELS, "load<T>(c + i * c_stride) * scale", "load<T>(c + i * c_stride)"),
     Mutation(KERNELS, "carried + load<T>(c + i * c_stride) * scale", "carried"),
@@ -86,7 +90,9 @@ CPP = [
     Mutation(KERNELS, "row < walk.next_rows ?", "row <= walk.next_rows ?"),
     Mutation(KERNELS, "* scale + bias_hh[g]", "* scale"),
     Mutation(KERNELS, "walk.advance(); zeros = false", "walk.advance();"),
-    Mutation(PRODUCT, "if (masked_) value = value * load<T>(factor + n);", ""),
+    Mutation(KERNELS, "walk.offset < p_.saved_end", "true"),
+    Mutation(KERNELS, "(row - p_.saved_begin) * Cell::kSaved", "row * Cell::kSaved"),
+    Mutation(PRODUCT, "(kept_lanes<T>(mask_.kept, to * p_.n + column + n) * scale)", "scale"),
     Mutation(PRODUCT, "s == 0 && accumulate", "false"),
     Mutation(PRODUCT, "if (p_.accumulate) value = value + load<T>(sum, lanes);", ""),
     Mutation(PRODUCT, "const int64_t to = rotated(row, p_.c_rotation, p_.m);", "const int64_t to = row;"),
@@ -104,7 +110,7 @@ CPP = [
     Mutation(STEP, "sync_block();\n  if (warp > 0", "if (warp > 0"),
 ]
 BINDING = [
-    Mutation(TORCH, "if (i + 1 == chunks_) more.dropout", "if (i == 0) more.dropout"),
+    Mutation(TORCH, "if (i + 1 == chunks_ && h_prev", "if (i == 0 && h_prev"),
     Mutation(TORCH, "more.c_rotation = 0;", "more.b_rotation = more.c_rotation = 0;"),
     Mutation(TORCH, "more.b_rotation = 0, more.accumulate = i > 0;", "more.b_rotation = more.c_rotation = 0, more.accumulate = i > 0;"),
     Mutation(TORCH, "dbias_ = i == 0 ? dbias : dbias_.add_(dbias)", "dbias_ = dbias"),
@@ -114,7 +120,10 @@ BINDING = [
     Mutation(TORCH, "less && !in_.shape.reverse ? B : 0", "0"),
     Mutation(INPUTS, "grad(input_grads, input_rotation)", "grad(input_grads, 0)"),
     Mutation(INPUTS, "grad(hidden_grads, 0)", "grad(input_grads, 0)"),
-    Mutation(TORCH, "dgates.narrow(1, in_.hidden_grads * H", "dgates.narrow(1, in_.input_grads * H"),
+    Mutation(TORCH, "some_columns(in_.hidden_grads * H", "some_columns(in_.input_grads * H"),
+    Mutation(TORCH, "some_rows(steps.first - begin, steps.rows)", "some_rows(0, steps.rows)"),
+    Mutation("torch/sequence.h", "shape.reverse ? SavedRows{0, count} : ", ""),
+    Mutation(CUDA, "saved.narrow(0, known.begin, kept.size(0)).copy_(kept);", ""),
     Mutation(INPUTS, "at::cat_out(joined, {inner, first})", "at::cat_out(joined, {first, inner})"),
     Mutation(TORCH, "if (!dropout.seed) return gates(initial[0], w_hh);", "if (true) return gates(initial[0], w_hh);"),
     Mutation(TORCH, "dlast_[0] = contiguous(grads[1])", "dlast_[0] = std::nullopt"),

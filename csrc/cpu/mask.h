@@ -13,8 +13,8 @@
 
 namespace lstmx::LSTMX_ISA {
 
-// A word of each of as many blocks as there are lanes, for philox4x32_10. Two vectors of them, since
-// the rounds are one long chain; see Rows.
+// A word of each of as many blocks as there are lanes, for philox4x32_10. Two vectors of them,
+// since the rounds are one long chain; see Rows.
 struct WordLanes {
   static constexpr int kLanes = LSTMX_VECTOR_BYTES / 4, kVectors = 2;
   RawWord raw[kVectors];
@@ -81,8 +81,8 @@ LSTMX_INLINE uint32_t at_least_bits(RawWord words, uint32_t least) {
 template <int kFirst, int... kLane>
 LSTMX_INLINE RawWord interleaved(RawWord a, RawWord b, std::integer_sequence<int, kLane...>) {
   constexpr int kLanes = WordLanes::kLanes;
-  return __builtin_shufflevector(
-      a, b, (kLane / 4 * 4 + kFirst + kLane % 4 / 2 + kLane % 2 * kLanes)...);
+  return __builtin_shufflevector(a, b,
+                                 (kLane / 4 * 4 + kFirst + kLane % 4 / 2 + kLane % 2 * kLanes)...);
 }
 
 // The bits of kDraw elements, the blocks counted from `index` on.

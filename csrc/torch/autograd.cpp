@@ -133,8 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sequence_autograd(const SequenceArgs&
   }
   if (!requires_grad || !at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [y, h_n, c_n, c, saved] =
-        call_sequence_forward(args, /*saved_rows=*/0, cell_states);
+    const auto [y, h_n, c_n, c, saved] = call_sequence_forward(args, /*saved_rows=*/0, cell_states);
     return {y, h_n, c_n, c};
   }
   const auto out = SequenceFunction::apply(args, save_gates, cell_states, args.x, args.h0, args.c0,

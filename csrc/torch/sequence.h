@@ -46,7 +46,9 @@ struct SequenceArgs {
 
   // N, and how many rows' gates memory="low" keeps: those that backward meets first. To keep them
   // costs no memory that it would not need a little later, and they need not be computed again.
-  c10::SymInt sym_rows() const { return batch_sizes ? x.sym_size(0) : x.sym_size(0) * x.sym_size(1); }
+  c10::SymInt sym_rows() const {
+    return batch_sizes ? x.sym_size(0) : x.sym_size(0) * x.sym_size(1);
+  }
   c10::SymInt sym_rows_kept() const;
 };
 
@@ -59,8 +61,8 @@ struct SavedRows {
   }
 };
 
-// y [as x, H], h_n [B, H], c_n [B, H], c [as y], saved [saved_rows, kSaved, H]; [0] for a state that
-// does not exist or was not asked for.
+// y [as x, H], h_n [B, H], c_n [B, H], c [as y], saved [saved_rows, kSaved, H]; [0] for a state
+// that does not exist or was not asked for.
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // Of x, h0, c0, w_ih, w_hh, b_ih, b_hh; undefined where not asked for.
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -178,8 +178,8 @@ struct Recurrence {
     } else {
       // x W_ih^T goes where the activated gates will be, if they are kept in the same dtype.
       const bool over_saved = saved.size(0) == x.size(0) && in.saved_in_compute();
-      x_gates = over_saved ? saved.narrow(1, 0, in.G * in.H)
-                           : in.empty_compute({x.size(0), in.G * in.H});
+      x_gates =
+          over_saved ? saved.narrow(1, 0, in.G * in.H) : in.empty_compute({x.size(0), in.G * in.H});
       in.product(in.kernels.gates, Matrix::of(x), Matrix::of(in.w_ih).t(), Matrix::of(x_gates));
       params.x_gates = x_gates.const_data_ptr();
       params.x_gates_stride = x_gates.stride(0);
