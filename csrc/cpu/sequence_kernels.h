@@ -85,7 +85,7 @@ class Forward {
   int64_t weight_bytes() const { return weight_bytes_; }
 
   // x's gates need not pass through memory if each step multiplies its own x. That reads W_ih at
-  // each step: it must stay in the second-level cache with W_hh, or meet enough rows to hide it.
+  // each step, which must not take longer than what it saves.
   static bool fuses_input(const SequenceShape& shape, int64_t inputs, int threads) {
     if (!std::is_same_v<Storage, O> || inputs == 0 || inputs % kGroup<O> != 0) return false;
     const int64_t weight_bytes = G * shape.hidden * shape.hidden * int64_t{sizeof(O)};
@@ -94,8 +94,13 @@ class Forward {
         Partition::make(shape, panels, useful_threads(shape, weight_bytes, threads));
     const int64_t rows = shape.batch / partition.row_parts;
     const bool cached = stays_near(panels / partition.unit_parts);
-    // Even from there, reading takes longer than multiplying so few.
-    return rows >= (cached ? 4 : 32);
+    if (by_unit<O>()) return rows >= (cached ? 4 : 32);
+    // Cycles for each line of weights: read from the second-level cache or from the third, and
+    // multiplied, two rows at once. What multiplying does not hide of the reading is set against
+    // x's gates, which would be written and read.
+    const int64_t read = cached ? 2 : 5;
+    return inputs * int64_t{sizeof(O)} * (2 * read - rows) <=
+           2 * read * rows * 2 * int64_t{sizeof(T)};
   }
 
   void run(int member, int team) {
