@@ -232,27 +232,34 @@ LSTMX_INLINE void multiply_panel(int vectors, const O* a, int64_t lda, Range row
   const int64_t begin = depth.begin / kGroup<O>, terms = (depth.end - depth.begin) / kGroup<O>;
   const int max_rows = Tile<T>::max_rows(vectors);
   const int64_t tiles = (count + max_rows - 1) / max_rows;
+  if (tiles == 0) return;
   // At least one, which yields zeros where there is nothing to sum.
   const int64_t blocks =
       std::max<int64_t>(1, (terms + Tile<T>::max_depth(vectors) - 1) / Tile<T>::max_depth(vectors));
+  // No division from here on: a tile takes few times as long as one. The first tiles have a row
+  // more, and the first blocks a term; each tile fetches its share of the next block.
+  const int64_t tile_rows = count / tiles, taller = count % tiles;
+  const int64_t block_terms = terms / blocks, deeper = terms % blocks;
+  const int64_t ahead = width * kGroup<O> * sizeof(O) / tiles;  // bytes for each term
+  int64_t k = begin;
   for (int64_t block = 0; block < blocks; ++block) {
-    const Range part = share(terms, int(block), int(blocks));
-    const int64_t k = begin + part.begin;
-    // Each tile fetches its share of the next block.
-    const int64_t step_bytes = width * kGroup<O> * sizeof(O);
+    const bool last = block == blocks - 1;
+    const int64_t length = block_terms + (block < deeper);
     const char* following = reinterpret_cast<const char*>(
-        block + 1 < blocks ? panel + (begin + part.end) * width * kGroup<O>
-                           : next.panel + depth.begin * width);
-    const int64_t bytes = (part.end - part.begin) * step_bytes;
+        last ? next.panel + depth.begin * width : panel + (k + length) * width * kGroup<O>);
+    int64_t row = rows.begin;
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Range mine = share(count, int(tile), int(tiles));
-      T* c = scratch + mine.begin * width;
-      if (block == blocks - 1) fetch(rows.begin + mine.begin, mine.end - mine.begin);
-      kTileKernels<T, O, kLayout>[vectors - 1][mine.end - mine.begin - 1](
-          place<kLayout>(a, rows.begin + mine.begin, k, lda), lda, panel + k* width* kGroup<O>,
-          part.end - part.begin, k > 0, c, {following + bytes * tile / tiles, step_bytes / tiles});
-      if (block == blocks - 1) finish(rows.begin + mine.begin, mine.end - mine.begin, c);
+      const int64_t mine = tile_rows + (tile < taller);
+      T* c = scratch + (row - rows.begin) * width;
+      if (last) fetch(row, mine);
+      kTileKernels<T, O, kLayout>[vectors - 1][mine - 1](
+          place<kLayout>(a, row, k, lda), lda, panel + k* width* kGroup<O>, length, k > 0, c,
+          {following, ahead});
+      if (last) finish(row, mine, c);
+      following += ahead * length;
+      row += mine;
     }
+    k += length;
   }
 }
 
