@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -252,9 +253,9 @@ LSTMX_INLINE void multiply_panel(int vectors, const O* a, int64_t lda, Range row
       const int64_t mine = tile_rows + (tile < taller);
       T* c = scratch + (row - rows.begin) * width;
       if (last) fetch(row, mine);
-      kTileKernels<T, O, kLayout>[vectors - 1][mine - 1](
-          place<kLayout>(a, row, k, lda), lda, panel + k* width* kGroup<O>, length, k > 0, c,
-          {following, ahead});
+      kTileKernels<T, O, kLayout>[vectors - 1][mine - 1](place<kLayout>(a, row, k, lda), lda,
+                                                         panel + k* width* kGroup<O>, length, k > 0,
+                                                         c, {following, ahead});
       if (last) finish(row, mine, c);
       following += ahead * length;
       row += mine;
@@ -515,14 +516,17 @@ inline bool better_turned(const ProductParams& p) {
 }
 
 // With so few rows, or so few terms, that packing b does not pay: it is read where it lies.
-template <class T, class B, class C>
+template <class T, class O, class B, class C>
 class ThinProduct {
  public:
   using V = Vec<T>;
-  static constexpr int64_t kThin = 16;
+  static constexpr int64_t kThin = 16, kDotTerms = V::kLanes * kGroup<O>;
   static constexpr int kRows = 4, kColumns = 4;  // of a tile; columns are vectors
-  // Or rows of W: with few sums the more streams from memory, the better.
-  static constexpr int dot_columns(int rows) { return rows <= 2 ? 8 : 4; }
+  // Or rows of W: the more streams from memory, the better, as long as there are registers for the
+  // sums.
+  static constexpr int dot_columns(int rows) {
+    return int(std::bit_floor(unsigned(std::min(8, LSTMX_VECTOR_REGISTERS / 2 / rows))));
+  }
 
   static bool fits(const ProductParams& p) {
     const bool thin = p.m < kThin || (p.k < kThin && p.b_column == 1);
@@ -532,28 +536,28 @@ class ThinProduct {
   // A is the type of a's elements.
   template <class A>
   ThinProduct(const ProductParams& p, std::type_identity<A>)
-      : p_(p), lda_(p.b_column == 1 ? p.k : padded<T>(p.k)), carver_(p.workspace) {
-    a_ = carver_.take<T>(p.m * lda_);
-    if (p.workspace) {
-      for (int64_t m = 0; m < p.m; ++m) {
-        for (int64_t k = 0; k < p.k; ++k) {
-          a_[m * lda_ + k] = widen(*at<A>(p.a, m * p.a_row + k * p.a_column));
-        }
-        std::fill_n(a_ + m * lda_ + p.k, lda_ - p.k, T(0));
-      }
+      : p_(p),
+        turned_(p.b_column != 1),
+        lda_(turned_ ? (p.k + kDotTerms - 1) / kDotTerms * kDotTerms : p.k),
+        carver_(p.workspace) {
+    if (turned_) {
+      rows_ = carver_.take<O>(p.m * lda_);
+      if (p.workspace) copy<A>(rows_);
+    } else {
+      a_ = carver_.take<T>(p.m * lda_);
+      if (p.workspace) copy<A>(a_);
     }
   }
 
   int64_t workspace_bytes() const { return carver_.used(); }
 
   void run(int member, int team) {
-    const bool turned = p_.b_column != 1;
-    const int64_t width = turned ? dot_columns(1) : kColumns * V::kLanes;
+    const int64_t width = turned_ ? dot_columns(1) : kColumns * V::kLanes;
     const Range mine = share((p_.n + width - 1) / width, member, team);
     for (int64_t tile = mine.begin; tile < mine.end; ++tile) {
       for (int64_t m = 0; m < p_.m; m += kRows) {
         with_rows(p_.m - m, [&](auto rows) {
-          if (turned) {
+          if (turned_) {
             for (int64_t n = 0; n < width; n += dot_columns(rows)) dot<rows>(m, tile * width + n);
           } else {
             sweep<rows>(m, tile * width);
@@ -621,32 +625,69 @@ class ThinProduct {
     }
   }
 
+  template <class A, class To>
+  void copy(To* to) const {
+    for (int64_t m = 0; m < p_.m; ++m, to += lda_) {
+      for (int64_t k = 0; k < p_.k; ++k) {
+        const A& from = *at<A>(p_.a, m * p_.a_row + k * p_.a_column);
+        if constexpr (std::is_same_v<A, To>) {
+          to[k] = from;
+        } else {
+          to[k] = widen(from);
+        }
+      }
+      std::fill(to + p_.k, to + lda_, To{});
+    }
+  }
+
+  // The next terms of a dot product: one for each lane, or a pair; zeros past the last.
+  LSTMX_INLINE static V terms(const B* from, int64_t left) {
+    if constexpr (kGroup<O> == 1) {
+      return load<T>(from, std::min<int64_t>(left, V::kLanes));
+    } else {
+      B some[kDotTerms] = {};
+      if (left < kDotTerms) from = std::copy_n(from, left, some) - left;
+      V values;
+      std::memcpy(&values, from, sizeof(values));
+      return values;
+    }
+  }
+
   // Rows m, m + 1, ... times columns n, n + 1, ..., whose elements lie side by side.
   template <int kCount>
   void dot(int64_t m, int64_t n) const {
     constexpr int kColumns = dot_columns(kCount);
-    V sum[kCount][kColumns];
-    for (auto& row : sum) std::fill(row, row + kColumns, V(T(0)));
     const int64_t columns = std::min<int64_t>(kColumns, p_.n - n);
     if (columns <= 0) return;
-    for (int64_t k = 0; k < p_.k; k += V::kLanes) {
-      with_lanes<T>(p_.k - k, [&](auto lanes) {
-        for (int j = 0; j < kColumns; ++j) {
-          // Columns that do not exist repeat the last one.
-          const int64_t column = n + std::min<int64_t>(j, columns - 1);
-          const B* b = at<B>(p_.b, column * p_.b_column + k);
-          __builtin_prefetch(b + kColumns * p_.b_column);  // the next tile's
-          const V values = load<T>(b, lanes);
-          for (int i = 0; i < kCount; ++i) {
-            sum[i][j] = load<T>(a_ + (m + i) * lda_ + k) * values + sum[i][j];
-          }
-        }
+    V sum[kCount][kColumns];
+    repeat<kCount>([&](int i) __attribute__((always_inline)) {
+      repeat<kColumns>([&](int j) __attribute__((always_inline)) { sum[i][j] = V(T(0)); });
+    });
+    const auto add = [&](int64_t k, int64_t left) __attribute__((always_inline)) {
+      V row[kCount];
+      repeat<kCount>([&](int i) __attribute__((always_inline)) {
+        std::memcpy(&row[i], rows_ + (m + i) * lda_ + k, sizeof(V));
       });
-    }
-    for (int i = 0; i < kCount; ++i) {
+      repeat<kColumns>([&](int j) __attribute__((always_inline)) {
+        // Columns that do not exist repeat the last one.
+        const int64_t column = n + std::min<int64_t>(j, columns - 1);
+        const B* b = at<B>(p_.b, column * p_.b_column + k);
+        __builtin_prefetch(b + kColumns * p_.b_column);  // the next tile's
+        const V values = terms(b, left);
+        repeat<kCount>([&](int i) __attribute__((always_inline)) {
+          sum[i][j] = multiply_add(row[i], values, sum[i][j], rows_);
+        });
+      });
+    };
+    int64_t k = 0;
+    for (; k + kDotTerms <= p_.k; k += kDotTerms) add(k, kDotTerms);
+    if (k < p_.k) add(k, p_.k - k);
+    repeat<kCount>([&](int i) __attribute__((always_inline)) {
       C* c = at<C>(p_.c, rotated(m + i, p_.c_rotation, p_.m) * p_.c_row + n);
-      for (int64_t j = 0; j < columns; ++j) narrow(total(sum[i][j]), c[j]);
-    }
+      repeat<kColumns>([&](int j) __attribute__((always_inline)) {
+        if (j < columns) narrow(total(sum[i][j]), c[j]);
+      });
+    });
   }
 
   static T total(V v) {
@@ -663,9 +704,11 @@ class ThinProduct {
   }
 
   const ProductParams& p_;
+  const bool turned_;  // b's columns lie side by side
   const int64_t lda_;
   Carver carver_;
-  T* a_;  // [m][lda]
+  T* a_ = nullptr;     // [m][lda]: a
+  O* rows_ = nullptr;  // the same for dot products, with zeros up to whole vectors
 };
 
 }  // namespace lstmx::LSTMX_ISA

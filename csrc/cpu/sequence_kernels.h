@@ -636,7 +636,7 @@ constexpr cpu::CellKernels cell_kernels() {
 // Calls body with the way to multiply that suits the sizes.
 template <class T, class O, class A, class B, class C, class Body>
 void with_product(const ProductParams& p, int threads, Body&& body) {
-  using Thin = ThinProduct<T, B, C>;
+  using Thin = ThinProduct<T, O, B, C>;
   if (Thin::fits(p)) {
     Thin pass(p, std::type_identity<A>{});
     return body(pass);
