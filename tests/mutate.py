@@ -110,7 +110,7 @@ CPP = [
     Mutation(STEP, "sync_block();\n  if (warp > 0", "if (warp > 0"),
 ]
 BINDING = [
-    Mutation(TORCH, "if (i + 1 == chunks_ && h_prev", "if (i == 0 && h_prev"),
+    Mutation(TORCH, "if (i + 1 == chunks_ && (i > 0 ||", "if (i == 0 && (i > 0 ||"),
     Mutation(TORCH, "more.c_rotation = 0;", "more.b_rotation = more.c_rotation = 0;"),
     Mutation(TORCH, "more.b_rotation = 0, more.accumulate = i > 0;", "more.b_rotation = more.c_rotation = 0, more.accumulate = i > 0;"),
     Mutation(TORCH, "dbias_ = i == 0 ? dbias : dbias_.add_(dbias)", "dbias_ = dbias"),

@@ -170,9 +170,11 @@ void pack_straight(const S* from, int64_t ld, int64_t columns, int64_t depth, in
   const auto copy = [&](int64_t k, O* row) __attribute__((always_inline)) {
     const bool exists = k >= 0 && k < depth;
     const int64_t at = exists ? rotated(k, rotation, depth) * ld : 0;
-    if (exists && columns == kMost)
-      return copy_run(from + at, kMost, kMost, mask, element + at, row);
-    copy_run(from + at, exists ? columns : 0, width, mask, element + at, row);
+    if (exists && columns == kMost) {  // most often; then the count is a constant
+      copy_run(from + at, kMost, kMost, mask, element + at, row);
+    } else {
+      copy_run(from + at, exists ? columns : 0, width, mask, element + at, row);
+    }
   };
   for (int64_t k = -lead; k < depth; k += kGroup<O>, to += kGroup<O> * width) {
     if constexpr (kGroup<O> == 1) {

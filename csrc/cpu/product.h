@@ -237,8 +237,8 @@ LSTMX_INLINE void multiply_panel(int vectors, const O* a, int64_t lda, Range row
   // At least one, which yields zeros where there is nothing to sum.
   const int64_t blocks =
       std::max<int64_t>(1, (terms + Tile<T>::max_depth(vectors) - 1) / Tile<T>::max_depth(vectors));
-  // No division from here on: a tile takes few times as long as one. The first tiles have a row
-  // more, and the first blocks a term; each tile fetches its share of the next block.
+  // No division from here on: one takes as long as several terms of a tile. The first tiles have a
+  // row more, and the first blocks a term; each tile fetches its share of the next block.
   const int64_t tile_rows = count / tiles, taller = count % tiles;
   const int64_t block_terms = terms / blocks, deeper = terms % blocks;
   const int64_t ahead = width * kGroup<O> * sizeof(O) / tiles;  // bytes for each term

@@ -412,7 +412,8 @@ class Backward {
       // Rows that found zeros give nothing.
       const bool less = found_zeros(steps);
       const auto h_prev = less ? known(0, steps) : previous(0, steps);
-      if (i + 1 == chunks_ && h_prev.numel() > 0) more.dropout = in_.drawn();  // of the whole sum
+      // Of the whole sum, once; of nothing there is no mask to draw.
+      if (i + 1 == chunks_ && (i > 0 || h_prev.numel() > 0)) more.dropout = in_.drawn();
       const auto of_h = dgates_h.some_rows(less && !in_.shape.reverse ? B : 0, h_prev.size(0));
       in_.product(kernel, of_h.t(), Matrix::of(h_prev), Matrix::of(dw_hh_), more);
     }
