@@ -4,6 +4,11 @@ import os
 
 import pytest
 import torch
+import torch._functorch.config
+
+# What torch.compile made of the ops is kept on disk under their names and arguments, from one run
+# to the next; what an earlier build made must not be taken for this one's.
+torch._functorch.config.enable_autograd_cache = False
 
 # The only reasons for which a test may be skipped, by their first words.
 EXPECTED_SKIPS = (

@@ -111,6 +111,7 @@ CPP = [
 ]
 BINDING = [
     Mutation(TORCH, "if (i + 1 == chunks_ && (i > 0 ||", "if (i == 0 && (i > 0 ||"),
+    Mutation(TORCH, "(i > 0 || h_prev.numel() > 0)", "h_prev.numel() > 0"),
     Mutation(TORCH, "more.c_rotation = 0;", "more.b_rotation = more.c_rotation = 0;"),
     Mutation(TORCH, "more.b_rotation = 0, more.accumulate = i > 0;", "more.b_rotation = more.c_rotation = 0, more.accumulate = i > 0;"),
     Mutation(TORCH, "dbias_ = i == 0 ? dbias : dbias_.add_(dbias)", "dbias_ = dbias"),
