@@ -396,6 +396,18 @@ TEST(masks) {
   }
 }
 
+TEST(masks_of_several_threads) {
+  constexpr int64_t kElements = 100003;
+  const Drawn drawn(0.5, kElements);
+  std::vector<float> mask(kElements);
+  cpu::kernels().mask_float(drawn.dropout, 0, kElements, mask.data());
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < kElements; ++i) {
+    wrong += (drawn.kept[i / 8] >> i % 8 & 1) != (mask[i] != 0);
+  }
+  CHECK(wrong == 0);
+}
+
 TEST(products) {
   struct Size {
     int64_t m, n, k;
