@@ -7,6 +7,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -27,12 +28,19 @@ struct Workspace {
   char* data;
 };
 
+// Where other processes hold the cores, a thread's teams may be of one member for a while; the first
+// of a new thread never is.
+template <class Call>
+void with_whole_team(const Call& call) {
+  std::thread(call).join();
+}
+
 // Weight dropout as the kernels want it; none if p is 0.
 struct Drawn {
   Drawn(double p, int64_t elements) : kept(cpu::kernels().mask_bytes(elements)) {
     if (p == 0) return;
     dropout = {&kSeed, p, kept.data()};
-    cpu::kernels().draw_mask(dropout, elements, kept.data(), 3);
+    with_whole_team([&] { cpu::kernels().draw_mask(dropout, elements, kept.data(), 3); });
   }
   std::vector<uint8_t> kept;
   WeightDropout dropout{nullptr, 0};
@@ -92,7 +100,7 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
   }
   const Workspace forward_workspace(kernels.forward_workspace(shape, threads));
   f.workspace = forward_workspace.data;
-  kernels.forward(f, threads);
+  with_whole_team([&] { kernels.forward(f, threads); });
 
   const int64_t dgates_row = Cell::kGrads * H + (q.p > 0 ? 5 : 0);  // with room between its rows
   Buffer<DGates> dgates(N * dgates_row);
@@ -108,7 +116,7 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
   b.dgates = dgates.data.get(), b.dgates_row = dgates_row, b.dbias = dbias.data.get();
   const Workspace backward_workspace(kernels.backward_workspace(shape, threads));
   b.workspace = backward_workspace.data;
-  kernels.backward(b, threads);
+  with_whole_team([&] { kernels.backward(b, threads); });
 
   const double eps = sequence_tolerance<Storage>();
   for (int k = 0; k < S; ++k) {
@@ -133,7 +141,7 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
   const Values all = saved.values();
   Buffer<Storage> some(N * Cell::kSaved * H - first);
   f.saved = some.data.get();
-  kernels.forward(f, threads);
+  with_whole_team([&] { kernels.forward(f, threads); });
   const Values kept = some.values();
   const auto end = kept.begin() + count;
   CHECK(std::equal(kept.begin(), end, all.begin() + first));
@@ -354,7 +362,7 @@ void check_product(const cpu::ProductKernel& kernel, int64_t m, int64_t n, int64
     p.accumulate = accumulate;
     const Workspace workspace(kernel.workspace(p, threads));
     p.workspace = workspace.data;
-    kernel.run(p, threads);
+    with_whole_team([&] { kernel.run(p, threads); });
     // The mask, whose scale is 2, meets the sum of both.
     const int sums = accumulate ? (masked ? 3 : 2) : 1;
     // A sum is rounded as its terms are large, whatever they leave; and stored, here up to twice.
