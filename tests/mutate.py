@@ -317,7 +317,9 @@ def main() -> None:
     for mutation in survivors:  # again, where the end of a long log shows them
         report(mutation, None)
     count = len(CPP) + len(BINDING)
-    print(f"{count - len(survivors)} of {count} mutations killed in {time.monotonic() - start:.0f} s")
+    print(
+        f"{count - len(survivors)} of {count} mutations killed in {time.monotonic() - start:.0f} s"
+    )
     if survivors:
         sys.exit(1)
 

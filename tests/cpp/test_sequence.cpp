@@ -28,8 +28,8 @@ struct Workspace {
   char* data;
 };
 
-// Where other processes hold the cores, a thread's teams may be of one member for a while; the first
-// of a new thread never is.
+// Where other processes hold the cores, a thread's teams may be of one member for a while; the
+// first of a new thread never is.
 template <class Call>
 void with_whole_team(const Call& call) {
   std::thread(call).join();
