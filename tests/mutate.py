@@ -93,7 +93,7 @@ CPP = [
     Mutation(KERNELS, "walk.offset < p_.saved_end", "true"),
     Mutation(KERNELS, "(row - p_.saved_begin) * Cell::kSaved", "row * Cell::kSaved"),
     Mutation(PRODUCT, "(kept_lanes<T>(mask_.kept, to * p_.n + column + n) * scale)", "scale"),
-    Mutation(PRODUCT, "s == 0 && accumulate", "false"),
+    Mutation(PRODUCT, "accumulate ? load<T>(to) + total : total", "total"),
     Mutation(PRODUCT, "if (p_.accumulate) value = value + load<T>(sum, lanes);", ""),
     Mutation(PRODUCT, "const int64_t to = rotated(row, p_.c_rotation, p_.m);", "const int64_t to = row;"),
     Mutation(PRODUCT, "rotated(k, p_.b_rotation, p_.k) * p_.b_row", "k * p_.b_row"),

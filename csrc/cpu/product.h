@@ -53,7 +53,17 @@ LSTMX_INLINE Vec<T> broadcast(const T* a) {
 }
 template <class T>
 LSTMX_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> sum, const T*) {
+#if LSTMX_VECTOR_BYTES == 32
+  // As gcc writes it, sums move between the few registers, and what they meet is loaded twice.
+  if constexpr (sizeof(T) == 4) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum.raw) : "x"(a.raw), "x"(b.raw));
+  } else {
+    asm("vfmadd231pd %2, %1, %0" : "+x"(sum.raw) : "x"(a.raw), "x"(b.raw));
+  }
+  return sum;
+#else
   return a * b + sum;
+#endif
 }
 
 // Pairs of bfloat16, in one instruction for which gcc 12 would have to compile the whole function
@@ -84,50 +94,65 @@ LSTMX_CALL void multiply_tile(const O* a, int64_t lda, const O* panel, int64_t d
   using V = Vec<T>;
   // Too few sums to hide the latency of a multiply-add are split in independent parts.
   constexpr int kSplit = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
+  // Groups that make one pass of the loop. A tile of sixteen registers is done with one so soon
+  // that the loop itself counts, most of all on a core that runs two threads.
+  constexpr int kTogether = LSTMX_VECTOR_REGISTERS > 16 ? kSplit : 4;
+  // With fewer rows than this, what the processor fetches by itself comes in time.
+  constexpr int kFetchingRows = LSTMX_VECTOR_BYTES == 64 ? kVectors : 2;
   V sum[kSplit][kRows][kVectors];
-#pragma GCC unroll 4
-  for (int s = 0; s < kSplit; ++s) {
-#pragma GCC unroll 32
-    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n < kVectors; ++n) {
-        sum[s][m][n] = s == 0 && accumulate ? load<T>(c + (m * kVectors + n) * V::kLanes) : V(T(0));
-      }
-    }
-  }
-  const auto multiply_row = [&](int64_t k, int s) __attribute__((always_inline)) {
-    if constexpr (kRows >= kVectors) {
-      const char* lines = ahead.data + k * ahead.step;
-      for (int64_t i = 0; i < ahead.step; i += 64) __builtin_prefetch(lines + i);
-    }
-    V b[kVectors];
-#pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) {
-      std::memcpy(&b[n], panel + (k * kVectors + n) * V::kLanes * kGroup<O>, sizeof(V));
-    }
-#pragma GCC unroll 32
-    for (int m = 0; m < kRows; ++m) {
-      const V group = broadcast(place<kLayout>(a, m, k, lda));
-#pragma GCC unroll 4
-      for (int n = 0; n < kVectors; ++n) sum[s][m][n] = multiply_add(group, b[n], sum[s][m][n], a);
+  const auto for_each = [](auto&& body) __attribute__((always_inline)) {
+    repeat<kRows>([&](int m) __attribute__((always_inline)) {
+      repeat<kVectors>([&](int n) __attribute__((always_inline)) { body(m, n); });
+    });
+  };
+  for_each([&](int m, int n) __attribute__((always_inline)) {
+    repeat<kSplit>([&](int s) __attribute__((always_inline)) { sum[s][m][n] = V(T(0)); });
+  });
+  const auto multiply_group = [&](int64_t k, int s) __attribute__((always_inline)) {
+    const auto row = [&](int m) __attribute__((always_inline)) {
+      return broadcast(place<kLayout>(a, m, k, lda));
+    };
+    const auto column = [&](int n) __attribute__((always_inline)) {
+      V b;
+      std::memcpy(&b, panel + (k * kVectors + n) * V::kLanes * kGroup<O>, sizeof(V));
+      return b;
+    };
+    const auto add = [&](int m, int n, V of_a, V of_b) __attribute__((always_inline)) {
+      sum[s][m][n] = multiply_add(of_a, of_b, sum[s][m][n], a);
+    };
+    // The fewer of the two wait in registers for the others.
+    if constexpr (kRows < kVectors) {
+      V rows[kRows];
+      repeat<kRows>([&](int m) __attribute__((always_inline)) { rows[m] = row(m); });
+      repeat<kVectors>([&](int n) __attribute__((always_inline)) {
+        const V b = column(n);
+        repeat<kRows>([&](int m) __attribute__((always_inline)) { add(m, n, rows[m], b); });
+      });
+    } else {
+      V columns[kVectors];
+      repeat<kVectors>([&](int n) __attribute__((always_inline)) { columns[n] = column(n); });
+      repeat<kRows>([&](int m) __attribute__((always_inline)) {
+        const V b = row(m);
+        repeat<kVectors>([&](int n) __attribute__((always_inline)) { add(m, n, b, columns[n]); });
+      });
     }
   };
   int64_t k = 0;
-  for (; k + kSplit <= depth; k += kSplit) {
-#pragma GCC unroll 4
-    for (int s = 0; s < kSplit; ++s) multiply_row(k + s, s);
-  }
-  for (; k < depth; ++k) multiply_row(k, 0);
-#pragma GCC unroll 32
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) {
-      V total = sum[0][m][n];
-#pragma GCC unroll 4
-      for (int s = 1; s < kSplit; ++s) total = total + sum[s][m][n];
-      store(c + (m * kVectors + n) * V::kLanes, total);
+  for (; k + kTogether <= depth; k += kTogether) {
+    if constexpr (kRows >= kFetchingRows) {
+      const char* lines = ahead.data + k * ahead.step;
+      for (int64_t i = 0; i < kTogether * ahead.step; i += 64) __builtin_prefetch(lines + i);
     }
+    repeat<kTogether>([&](int i)
+                          __attribute__((always_inline)) { multiply_group(k + i, i % kSplit); });
   }
+  for (; k < depth; ++k) multiply_group(k, 0);
+  for_each([&](int m, int n) __attribute__((always_inline)) {
+    V total = sum[0][m][n];
+    for (int s = 1; s < kSplit; ++s) total = total + sum[s][m][n];
+    T* to = c + (m * kVectors + n) * V::kLanes;
+    store(to, accumulate ? load<T>(to) + total : total);
+  });
 }
 
 template <class T, class O>
@@ -178,8 +203,8 @@ LSTMX_INLINE int64_t depth_step() {
   return by_unit<O>() ? cpu::kUnitTerms : kGroup<O>;
 }
 
-// The panel whose turn is next. If it is near, in the second-level cache, the matrix unit leaves it
-// there: it would only fetch it from there twice.
+// The panel whose turn is next. One that is near comes by itself in time, see comes_by_itself; the
+// matrix unit would only fetch it twice.
 template <class O>
 struct Next {
   const O* panel;
@@ -241,7 +266,9 @@ LSTMX_INLINE void multiply_panel(int vectors, const O* a, int64_t lda, Range row
   // row more, and the first blocks a term; each tile fetches its share of the next block.
   const int64_t tile_rows = count / tiles, taller = count % tiles;
   const int64_t block_terms = terms / blocks, deeper = terms % blocks;
-  const int64_t ahead = width * kGroup<O> * sizeof(O) / tiles;  // bytes for each term
+  // Bytes for each term. Vectors of 32 bytes do not outrun the second-level cache.
+  const bool fetches = LSTMX_VECTOR_BYTES == 64 || !next.near;
+  const int64_t ahead = fetches ? width * kGroup<O> * sizeof(O) / tiles : 0;
   int64_t k = begin;
   for (int64_t block = 0; block < blocks; ++block) {
     const bool last = block == blocks - 1;

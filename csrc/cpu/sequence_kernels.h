@@ -30,6 +30,13 @@ namespace lstmx::LSTMX_ISA {
 // What stays in the second-level cache of a core from one step to the next, with all else.
 inline bool stays_near(int64_t bytes) { return bytes <= cpu::second_level_bytes() * 3 / 4; }
 
+// Whether panels, `bytes` of them at each step for so many rows, need not be fetched ahead. Of a
+// few MB in the third level, the processor's own prefetches bring a few rows what they need.
+inline bool comes_by_itself(int64_t bytes, int64_t rows) {
+  constexpr int64_t kFewRows = 8, kFewBytes = int64_t{4} << 20;
+  return stays_near(bytes) || (LSTMX_VECTOR_BYTES < 64 && rows < kFewRows && bytes <= kFewBytes);
+}
+
 // Which rows and which unit tiles a member of the team works on. By rows there is no barrier, but
 // every core reads all weights; by units each core keeps its share of the weights in its own cache.
 struct Partition {
@@ -106,7 +113,7 @@ class Forward {
   void run(int member, int team) {
     const int64_t panel_bytes = weight_bytes_ / H_ * (H_ + I_);
     const auto partition = Partition::make(p_.shape, panel_bytes, parts_);
-    const bool near = stays_near(panel_bytes / partition.unit_parts);
+    const bool near = comes_by_itself(panel_bytes / partition.unit_parts, B_ / partition.row_parts);
     prepare(member, team);
     barrier_.wait(team);
 
@@ -331,7 +338,8 @@ class Backward {
   // came: the sums of the biases' gradients must not depend on what else the machine does.
   void run(int member, int team) {
     const auto partition = Partition::make(p_.shape, weight_bytes_, parts_);
-    const bool near = stays_near(weight_bytes_ / partition.unit_parts);
+    const bool near =
+        comes_by_itself(weight_bytes_ / partition.unit_parts, B_ / partition.row_parts);
     const auto vectors_of = [&](int part) { return partition.tiles(Hp_ / V::kLanes, part); };
     if (partition.unit_parts > 1) {
       for (int part = member; part < parts_; part += team) pack(vectors_of(part), 0, 1);

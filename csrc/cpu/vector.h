@@ -180,7 +180,7 @@ LSTMX_INLINE void with_lanes(int64_t left, Body&& body) {
 // body(0), body(1), ...
 template <int kCount, class Body>
 LSTMX_INLINE void repeat(Body&& body) {
-#pragma GCC unroll 8
+#pragma GCC unroll 32
   for (int i = 0; i < kCount; ++i) body(i);
 }
 
