@@ -95,7 +95,7 @@ LSTMX_CALL void multiply_tile(const O* a, int64_t lda, const O* panel, int64_t d
   // Too few sums to hide the latency of a multiply-add are split in independent parts.
   constexpr int kSplit = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
   // Groups that make one pass of the loop. A tile of sixteen registers is done with one so soon
-  // that the loop itself counts, most of all on a core that runs two threads.
+  // that the loop itself counts.
   constexpr int kTogether = LSTMX_VECTOR_REGISTERS > 16 ? kSplit : 4;
   // With fewer rows than this, what the processor fetches by itself comes in time.
   constexpr int kFetchingRows = LSTMX_VECTOR_BYTES == 64 ? kVectors : 2;
