@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -256,38 +258,54 @@ class CppTests:
         return f"{test}: {failed[1] if failed else 'crashed'}"
 
 
-def build_binding() -> None:
-    """Builds the extension in the copy of the tree, as far as files have changed."""
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    options = {"LSTMX_CUDA": "0", "LSTMX_WERROR": "0", "LSTMX_OBJECTS": str(OBJECTS)}
-    built = run(command, cwd=BUILD, env=os.environ | options)
-    if built.returncode != 0:
-        sys.exit(f"the binding does not compile:\n{built.stdout}\n{built.stderr}")
+class PythonTests:
+    """The Python tests of a copy of the tree; mutations come to it one after the other."""
 
+    def __init__(self, tree: Path) -> None:
+        self.tree = tree
+        shutil.rmtree(tree, ignore_errors=True)
+        ignore = shutil.ignore_patterns("*.so", "__pycache__")
+        for name in ("csrc", "lstmx", "tests", "benchmarks"):
+            shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, tree / name)
+        if (failed := self.failed(None)) is not None:
+            sys.exit(f"fails without any mutation: {failed}")
 
-def failed_python_test(mutation: Mutation | None) -> str | None:
-    """The first Python test that fails with the mutation, or None."""
-    tests = PYTHON_TESTS + PYTHON_TESTS_OF_CUDA
-    if mutation is not None:
-        before = mutation.apply(BUILD / "csrc")
-        if "cuda" in mutation.file:
-            tests = PYTHON_TESTS_OF_CUDA  # whose emulated extension compiles itself
-        elif mutation.file == TORCH:
-            tests = PYTHON_TESTS
-    if tests is not PYTHON_TESTS_OF_CUDA:
-        build_binding()
-    # -P: the tests must meet the copy, which is first on the path, and nothing beside it.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-m", "not gpu", *tests]
-    done = run(command, cwd=BUILD, env=os.environ | {"PYTHONPATH": str(BUILD)})
-    if mutation is not None:
-        (BUILD / "csrc" / mutation.file).write_text(before)
-    if done.returncode == 0:
-        return None
-    failed = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
-    if failed is None:
-        sys.exit(f"the tests could not run:\n{done.stdout}\n{done.stderr}")
-    return failed[1]
+    def failed(self, mutation: Mutation | None) -> str | None:
+        """The first Python test that fails with the mutation, or None."""
+        tests = PYTHON_TESTS + PYTHON_TESTS_OF_CUDA
+        if mutation is not None:
+            before = mutation.apply(self.tree / "csrc")
+            if "cuda" in mutation.file:
+                tests = PYTHON_TESTS_OF_CUDA  # whose emulated extension compiles itself
+            elif mutation.file == TORCH:
+                tests = PYTHON_TESTS
+        if tests is not PYTHON_TESTS_OF_CUDA:
+            self._build()
+        # -P: the tests must meet the copy, which is first on the path, and nothing beside it.
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        command += ["-m", "not gpu", *tests]
+        # Each copy has one of the two cores.
+        options = {"PYTHONPATH": str(self.tree), "OMP_NUM_THREADS": "1"}
+        done = run(command, cwd=self.tree, env=os.environ | options)
+        if mutation is not None:
+            (self.tree / "csrc" / mutation.file).write_text(before)
+        if done.returncode == 0:
+            return None
+        failed = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
+        if failed is None:
+            sys.exit(f"the tests could not run:\n{done.stdout}\n{done.stderr}")
+        return failed[1]
+
+    def _build(self) -> None:
+        """Builds the extension, as far as files have changed."""
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        options = {"LSTMX_CUDA": "0", "LSTMX_WERROR": "0", "LSTMX_OBJECTS": str(OBJECTS)}
+        options |= {"MAX_JOBS": "1"}
+        built = run(command, cwd=self.tree, env=os.environ | options)
+        if built.returncode != 0:
+            sys.exit(f"the binding does not compile:\n{built.stdout}\n{built.stderr}")
 
 
 def report(mutation: Mutation, failed: str | None) -> bool:
@@ -299,20 +317,28 @@ def report(mutation: Mutation, failed: str | None) -> bool:
 
 def main() -> None:
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        tests = CppTests(Path(name))
-        pairs = zip(CPP, pool.map(tests.failed, CPP), strict=True)
-        survivors = [mutation for mutation, failed in pairs if not report(mutation, failed)]
+    survivors: list[Mutation] = []
 
-    shutil.rmtree(BUILD, ignore_errors=True)
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("csrc", "lstmx", "tests", "benchmarks"):
-        shutil.copytree(ROOT / name, BUILD / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, BUILD / name)
-    if (failed := failed_python_test(None)) is not None:
-        sys.exit(f"fails without any mutation: {failed}")
-    survivors += [m for m in BINDING if not report(m, failed_python_test(m))]
+    def kill(mutations: list[Mutation], failures: Iterable[str | None]) -> None:
+        pairs = zip(mutations, failures, strict=True)
+        survivors.extend(mutation for mutation, failed in pairs if not report(mutation, failed))
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with tempfile.TemporaryDirectory() as name:
+            kill(CPP, pool.map(CppTests(Path(name)).failed, CPP))
+
+        trees: queue.SimpleQueue[PythonTests] = queue.SimpleQueue()
+        for tests in pool.map(PythonTests, (BUILD / "first", BUILD / "second")):
+            trees.put(tests)
+
+        def failed(mutation: Mutation) -> str | None:
+            tests = trees.get()
+            try:
+                return tests.failed(mutation)
+            finally:
+                trees.put(tests)
+
+        kill(BINDING, pool.map(failed, BINDING))
 
     for mutation in survivors:  # again, where the end of a long log shows them
         report(mutation, None)
