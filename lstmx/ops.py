@@ -75,7 +75,7 @@ def lstm_sequence(
             dropout, see :func:`weight_mask`. None: no mask.
         weight_dropout: probability in [0, 1] of zeroing an entry of ``w_hh``.
         memory: "high" keeps the gates for backward, "low" recomputes them there, all but those of
-            the last T // 8 steps (of more if T * B < 2048, none if T * B < 1024 or packed).
+            the last T // 10 steps (of more if T * B < 3200, none if T * B < 960 or packed).
         cell_states: also return the cell states of all steps.
 
     Returns:

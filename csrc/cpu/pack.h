@@ -57,12 +57,10 @@ LSTMX_INLINE void copy_run(const S* from, int64_t count, int64_t end, const Mask
     }
   } else {
     const auto copy = [&](int64_t n) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < n; ++i) {
-        if constexpr (std::is_same_v<O, S>) {
-          to[i] = from[i];
-        } else {
-          to[i] = widen(from[i]);
-        }
+      if constexpr (std::is_same_v<O, S>) {
+        if (n > 0) std::memcpy(to, from, n * sizeof(O));  // gcc copies 16-bit ones one by one
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
       }
     };
     if (count == end) return copy(end);  // often a constant, where count is not

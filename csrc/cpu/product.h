@@ -316,8 +316,8 @@ class Product {
         // Packed rows must not all map to the same cache set; the unit wants them aligned.
         lda_(grouped<O>(depth_.length) + (by_unit<O>() ? cpu::kUnitTerms : 17 * kGroup<O>)),
         panel_count_((p.n + kWidth - 1) / kWidth),
-        group_(panels_at_once()),
         parts_(p.m * p.n * p.k < 100000 ? 1 : threads),
+        group_(panels_at_once(threads)),
         carver_(p.workspace) {
     panels_ = carver_.take<O>(std::min(group_ * kWidth, padded<T>(p.n)) * panel_rows<O>(terms_));
     if (!direct_) blocks_ = carver_.take<O>(threads * block_size());
@@ -404,7 +404,7 @@ class Product {
     }
   }
 
-  static constexpr int64_t kBytesAtOnce = int64_t{4} << 20;  // of panels that are packed
+  static constexpr int64_t kBytesAtOnce = int64_t{4} << 20;  // of packed panels and sums
   // Rows that share one pass over the panels; with them a depth of some hundred fills the cache.
   static constexpr int64_t kRowBlock = 40 * Tile<T>::max_rows(kMostVectors);
 
@@ -416,12 +416,18 @@ class Product {
   int64_t block_size() const { return (block_rows() + V::kLanes) * lda_; }
   // Sums that are not done by the first part wait for the next.
   int64_t scratch_size() const { return (depth_.parts > 1 ? group_ : 1) * kWidth * block_rows(); }
-  int64_t block_rows() const { return std::min(p_.m, kRowBlock); }
+  // Of a part, each of as many blocks as it takes.
+  int64_t block_rows() const {
+    const int64_t rows = (p_.m + parts_ - 1) / parts_, blocks = (rows + kRowBlock - 1) / kRowBlock;
+    return blocks > 0 ? (rows + blocks - 1) / blocks : 0;
+  }
   O* panel_at(int64_t i) const { return panels_ + i * kWidth * panel_rows<O>(terms_); }
-  // All, if rows of a are packed for them; else as many as make a few MB.
-  int64_t panels_at_once() const {
+  // All, if rows of a are packed for them; else as many as make a few MB, with sums that wait.
+  int64_t panels_at_once(int threads) const {
     if (!direct_) return panel_count_;
-    const int64_t most = std::max<int64_t>(1, kBytesAtOnce / (kWidth * terms_ * sizeof(O)));
+    const int64_t waiting = depth_.parts > 1 ? threads * block_rows() * int64_t{sizeof(T)} : 0;
+    const int64_t bytes = kWidth * (terms_ * int64_t{sizeof(O)} + waiting);
+    const int64_t most = std::max<int64_t>(1, kBytesAtOnce / bytes);
     const int64_t groups = std::max<int64_t>(1, (panel_count_ + most - 1) / most);
     return (panel_count_ + groups - 1) / groups;
   }
@@ -517,8 +523,9 @@ class Product {
   const bool direct_;  // a needs no packing
   const int64_t terms_;
   const Depth depth_;
-  const int64_t lda_, panel_count_, group_;
+  const int64_t lda_, panel_count_;
   const int parts_;  // of the rows, whatever the size of the team
+  const int64_t group_;
   Carver carver_;
   O* panels_;            // for each panel of a group [k][width]
   O* blocks_ = nullptr;  // [threads][block rows][lda]: rows of a, or turned

@@ -81,7 +81,7 @@ c10::SymInt SequenceArgs::sym_rows_kept() const {
   if (batch_sizes) return 0;
   const auto chunks = (sym_rows() / kLeastChunkRows).min(kMostChunks);
   // As one of so few, the chunk would be most of what is saved.
-  if (chunks < 4) return 0;
+  if (chunks < 3) return 0;
   return x.sym_size(0) / chunks * x.sym_size(1);
 }
 

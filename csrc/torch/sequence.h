@@ -20,7 +20,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // In backward, gates are computed again in so many chunks at most, of so many rows at least.
-inline constexpr int64_t kMostChunks = 8, kLeastChunkRows = 256;
+inline constexpr int64_t kMostChunks = 10, kLeastChunkRows = 320;
 
 struct SequenceArgs {
   std::string cell;

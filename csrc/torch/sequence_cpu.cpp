@@ -223,7 +223,7 @@ ForwardResult sequence_forward_cpu(const SequenceArgs& args, c10::SymInt saved_r
 // if they are computed again, need memory for one chunk only.
 class Backward {
  public:
-  static constexpr int64_t kRowsAtOnce = 256;
+  static constexpr int64_t kRowsAtOnce = 128;
 
   Backward(const CpuInputs& in, const OutputGrads& grads, const Tensor& y, const Tensor& c,
            const Tensor& saved, const std::array<bool, kInputs>& needed)

@@ -416,6 +416,20 @@ TEST(masks_of_several_threads) {
   CHECK(wrong == 0);
 }
 
+// However many threads share them, rows that are packed or summed need memory once.
+TEST(products_of_many_threads_need_little_memory) {
+  const auto& kernel = cpu::kernels(DType::kFloat32, false).sums;
+  cpu::ProductParams turned{};
+  turned.m = 393, turned.n = 77, turned.k = 231;
+  turned.a_row = 1, turned.a_column = turned.m, turned.b_row = turned.n, turned.b_column = 1;
+  CHECK(kernel.workspace(turned, 8) < 3 * kernel.workspace(turned, 1));
+  cpu::ProductParams straight{};
+  straight.m = 560, straight.n = 1200, straight.k = 1150;
+  straight.a_row = straight.k, straight.a_column = 1;
+  straight.b_row = 1, straight.b_column = straight.k;
+  CHECK(kernel.workspace(straight, 2) < (int64_t{4} << 20));
+}
+
 TEST(products) {
   struct Size {
     int64_t m, n, k;
