@@ -100,6 +100,7 @@ CPP = [
     Mutation(PRODUCT, "const int64_t to = rotated(row, p_.c_rotation, p_.m);", "const int64_t to = row;"),
     Mutation(PRODUCT, "rotated(k, p_.b_rotation, p_.k) * p_.b_row", "k * p_.b_row"),
     Mutation(PRODUCT, "t.c_turned = true;", "t.c_turned = false;"),
+    Mutation(PRODUCT, "(p_.m + parts_ - 1) / parts_", "p_.m"),
     Mutation(STEP, "dnext[0] += product[g];", "dnext[0] += 0 * product[g];"),
     Mutation(STEP, "ref<V>(p.carry[0], inner) = dnext[0];", ";"),
     Mutation(STEP, "ref<V>(p.carry[k], inner) = dprev[k]", "ref<V>(p.carry[k], inner) = dnext[k]"),
