@@ -346,7 +346,7 @@ class Product {
     T* scratch = scratch_ + member * scratch_size();
     for (int part = member; part < parts_; part += team) {
       const Range rows = share(p_.m, part, parts_);
-      const int64_t blocks = (rows.end - rows.begin + kRowBlock - 1) / kRowBlock;
+      const int64_t blocks = std::min(part_blocks(), rows.end - rows.begin);
       for (int64_t i = 0; i < blocks; ++i) {
         const Range in_part = share(rows.end - rows.begin, int(i), int(blocks));
         const int64_t first = rows.begin + in_part.begin, count = in_part.end - in_part.begin;
@@ -416,10 +416,12 @@ class Product {
   int64_t block_size() const { return (block_rows() + V::kLanes) * lda_; }
   // Sums that are not done by the first part wait for the next.
   int64_t scratch_size() const { return (depth_.parts > 1 ? group_ : 1) * kWidth * block_rows(); }
-  // Of a part, each of as many blocks as it takes.
+  // Of the largest part; all are of as many blocks, or none would bound the rows of each.
+  int64_t part_rows() const { return (p_.m + parts_ - 1) / parts_; }
+  int64_t part_blocks() const { return (part_rows() + kRowBlock - 1) / kRowBlock; }
   int64_t block_rows() const {
-    const int64_t rows = (p_.m + parts_ - 1) / parts_, blocks = (rows + kRowBlock - 1) / kRowBlock;
-    return blocks > 0 ? (rows + blocks - 1) / blocks : 0;
+    const int64_t blocks = std::max<int64_t>(1, part_blocks());
+    return (part_rows() + blocks - 1) / blocks;
   }
   O* panel_at(int64_t i) const { return panels_ + i * kWidth * panel_rows<O>(terms_); }
   // All, if rows of a are packed for them; else as many as make a few MB, with sums that wait.
