@@ -441,7 +441,7 @@ TEST(products) {
   for (const auto [m, n, k] : {Size{1, 1, 1}, Size{7, 70, 33}, Size{130, 65, 300}, Size{5, 3, 0},
                                Size{300, 20, 1900}, Size{40, 70, 33},
                                // of three parts, one has a row more than a block has
-                               Size{3 * 240 + 1, 20, 33}, Size{3 * 120 + 1, 20, 33}}) {
+                               Size{3 * 240 + 1, 20, 100}, Size{3 * 120 + 1, 20, 100}}) {
     for (const int layout : {0, 1, 2, 3}) {
       for (const int threads : {1, 3}) {
         const auto check = [&](bool masked) {
