@@ -302,8 +302,12 @@ class PythonTests:
     def _build(self) -> None:
         """Builds the extension, as far as files have changed."""
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        options = {"LSTMX_CUDA": "0", "LSTMX_WERROR": "0", "LSTMX_OBJECTS": str(OBJECTS)}
-        options |= {"MAX_JOBS": "1"}
+        options = {
+            "LSTMX_CUDA": "0",
+            "LSTMX_WERROR": "0",
+            "LSTMX_OBJECTS": str(OBJECTS),
+            "MAX_JOBS": "1",
+        }
         built = run(command, cwd=self.tree, env=os.environ | options)
         if built.returncode != 0:
             sys.exit(f"the binding does not compile:\n{built.stdout}\n{built.stderr}")
