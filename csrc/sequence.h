@@ -50,6 +50,7 @@ struct SequenceForwardParams {
   void* saved;  // [saved_end - saved_begin, kSaved*H] storage: of those rows, which are whole
                 // steps; or null. Where they are all rows and storage is compute, x_gates may be
                 // its first columns (a row's gates are read before they are overwritten)
+  int64_t saved_row;  // elements from one of its rows to the next, >= kSaved*H
   int64_t saved_begin, saved_end;
   void* workspace;
   bool packed;  // the workspace has the weights already, from a call with at least as many rows
@@ -63,6 +64,7 @@ struct SequenceBackwardParams {
   const void* initial[kMaxStates];  // [B, H] storage
   const void* states[kMaxStates];   // [N, H] storage: y, c as forward left them
   const void* saved;                // [N, kSaved*H] storage
+  int64_t saved_row;                // from one of its rows to the next
   const void* dstates[kMaxStates];  // [N, H] storage: gradients of y, c; may be null
   const void* dlast[kMaxStates];    // [B, H] storage: gradients of the final states; may be null
   void* dgates;                     // [N, kGrads*H] compute, or storage: as the kernels say; of the
@@ -85,6 +87,7 @@ struct StepParams {
   void* states[kMaxStates];         // [B, H] storage, or null: the states after it ...
   void* last[kMaxStates];           // [B, H] storage, or null: ... and once more
   void* saved;                      // [B, kSaved*H] storage, or null
+  int64_t saved_row;                // from one of its rows to the next
 };
 
 }  // namespace lstmx

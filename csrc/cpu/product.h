@@ -310,7 +310,8 @@ class Product {
 
   Product(const ProductParams& p, int threads)
       : p_(p),
-        direct_(std::is_same_v<A, O> && p.a_column == 1 && grouped<O>(p.k) == p.k && p.k > 0),
+        direct_(std::is_same_v<A, O> && p.k > 0 &&
+                (p.a_column == 1 ? grouped<O>(p.k) == p.k : kGroup<O> == 1)),
         terms_(direct_ ? p.k : whole_steps(p.k)),
         depth_(terms_, kRowBlock, sizeof(O), depth_step<O>()),
         // Packed rows must not all map to the same cache set; the unit wants them aligned.
@@ -361,9 +362,11 @@ class Product {
   void multiply_block(Range group, int64_t first, int64_t count, int64_t d, O* block, T* scratch) {
     const Range depth = depth_.part(d);
     const int64_t known = std::min(p_.k, depth.end) - depth.begin;
-    if (direct_) {
+    if (direct_ && p_.a_column == 1) {
       multiply<Layout::kByRows>(group, at<O>(p_.a, first * p_.a_row), p_.a_row, first, count, d,
                                 scratch);
+    } else if (direct_) {
+      multiply<Layout::kTurned>(group, at<O>(p_.a, first), p_.a_column, first, count, d, scratch);
     } else if (p_.a_column == 1) {
       pack_rows(first, count, depth, block);
       multiply<Layout::kByRows>(group, block - depth.begin, lda_, first, count, d, scratch);
@@ -395,7 +398,7 @@ class Product {
           Next<O>{panel_at((i + 1) % (group.end - group.begin)), false}, depth_.part(d), sums,
           [&](int64_t row, int64_t rows) {
             if (last && !p_.c_turned) fetch(first + row, rows, panel * kWidth, n);
-            fetch_next(a, lda, count, row, rows, d, i, group.end - group.begin);
+            fetch_next<kLayout>(a, lda, count, row, rows, d, i, group.end - group.begin);
           },
           [&](int64_t row, int64_t rows, const T* c) {
             if (last && !p_.c_turned) finish(first + row, rows, panel * kWidth, n, c);
@@ -464,13 +467,23 @@ class Product {
 
   // Of what comes after rows [0, count) and part d of the depth, the share of panel i of `panels`
   // in rows [row, row + rows).
+  template <Layout kLayout>
   LSTMX_INLINE void fetch_next(const O* a, int64_t lda, int64_t count, int64_t row, int64_t rows,
                                int64_t d, int64_t i, int64_t panels) const {
     if (!direct_) return;  // packing has its own pace
     const bool last = d + 1 == depth_.parts;
-    const O* next = last ? a + count * lda : a + depth_.part(d + 1).begin;
-    for (int64_t r = row; r < row + rows; ++r) {
-      if (r % panels == i) fetch_run(next + r * lda, depth_.length);
+    const Range depth = depth_.part(last ? 0 : d + 1);
+    const O* next = place<kLayout>(a, last ? count : 0, depth.begin / kGroup<O>, lda);
+    if constexpr (kLayout == Layout::kByRows) {
+      for (int64_t r = row; r < row + rows; ++r) {
+        if (r % panels == i) fetch_run(next + r * lda, depth_.length);
+      }
+    } else {
+      const int64_t terms = depth.end - depth.begin, before = i * count + row;
+      const int64_t end = terms * (before + rows) / (panels * count);
+      for (int64_t k = terms * before / (panels * count); k < end; ++k) {
+        fetch_run(next + k * lda, count);
+      }
     }
   }
 
@@ -522,7 +535,7 @@ class Product {
   }
 
   const ProductParams& p_;
-  const bool direct_;  // a needs no packing
+  const bool direct_;  // a is read where it lies, by rows or turned
   const int64_t terms_;
   const Depth depth_;
   const int64_t lda_, panel_count_;

@@ -216,7 +216,7 @@ class Forward {
     return p_.saved && walk.offset >= p_.saved_begin && walk.offset < p_.saved_end;
   }
   LSTMX_INLINE Storage* saved_at(int64_t row, int64_t unit) const {
-    return at<Storage>(p_.saved, (row - p_.saved_begin) * Cell::kSaved * H_ + unit);
+    return at<Storage>(p_.saved, (row - p_.saved_begin) * p_.saved_row + unit);
   }
 
   // What finish meets that is not in the cache: mostly where it writes.
@@ -452,7 +452,7 @@ class Backward {
         fetch_run(state_before(walk, k, row, unit), units);
       }
       for (int s = 0; s < Cell::kSaved; ++s) {
-        fetch_run(at<Storage>(p_.saved, (here * Cell::kSaved + s) * H_ + unit), units);
+        fetch_run(at<Storage>(p_.saved, here * p_.saved_row + s * H_ + unit), units);
       }
       for (int g = 0; g < kGrads; ++g) {
         fetch_run(at<O>(p_.dgates, here * p_.dgates_row + g * H_ + unit), units);
@@ -492,7 +492,7 @@ class Backward {
           next[k].row[i] = load<T>(at<Storage>(p_.states[k], position), lanes);
           prev[k].row[i] = load<T>(state_before(walk, k, row, unit), lanes);
         }
-        const Storage* of = at<Storage>(p_.saved, (walk.offset + row) * Cell::kSaved * H_ + unit);
+        const Storage* of = at<Storage>(p_.saved, (walk.offset + row) * p_.saved_row + unit);
         for (int s = 0; s < Cell::kSaved; ++s) saved[s].row[i] = load<T>(of + s * H_, lanes);
       });
       R dgates[kGrads], dprev[Cell::kStates];
@@ -597,7 +597,7 @@ struct Step {
         }
       }
       if (p.saved) {
-        Storage* to = at<Storage>(p.saved, row * Cell::kSaved * H + unit);
+        Storage* to = at<Storage>(p.saved, row * p.saved_row + unit);
         for (int s = 0; s < Cell::kSaved; ++s) store(to + s * H, saved[s].row[i], lanes);
       }
     });

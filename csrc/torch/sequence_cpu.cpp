@@ -138,7 +138,7 @@ Tensor CpuInputs::kept_w_hh() const {
   return w_hh * mask.sign_();
 }
 
-// What both forms of a forward call read and write. `saved` is [rows, kSaved * H].
+// What both forms of a forward call read and write. `saved` has so many rows of kSaved * H.
 template <class Params>
 Params forward_params(const CpuInputs& in, const SequenceShape& shape, const Tensor& saved) {
   Params p{};
@@ -147,6 +147,7 @@ Params forward_params(const CpuInputs& in, const SequenceShape& shape, const Ten
   p.b_hh = data_or_null(in.b_hh);
   for (int k = 0; k < in.states; ++k) p.initial[k] = in.initial[k].const_data_ptr();
   p.saved = saved.numel() > 0 ? saved.mutable_data_ptr() : nullptr;
+  p.saved_row = saved.stride(0);
   return p;
 }
 
@@ -233,7 +234,7 @@ class Backward {
         kept_(saved.size(0) < in.N ? saved.size(0) / in.B : 0),
         recompute_(saved.size(0) < in.N),
         dgates_row_(dgates_row()),
-        dgates_over_saved_(recompute_ && dgates_row_ == in.saved * in.H &&
+        dgates_over_saved_(recompute_ && in.grads == in.saved &&
                            dgates_dtype() == in.x.scalar_type()),
         chunks_(chunks()),
         need_x_(needed[0]),
@@ -310,10 +311,11 @@ class Backward {
   at::ScalarType dgates_dtype() const {
     return in_.kernels.dgates_in_storage ? in_.x.scalar_type() : in_.compute;
   }
-  // The matrix unit reads whole lines of the cache.
+  // Whole lines of the cache, as the matrix unit reads them, and an odd number: products walk down
+  // columns, and at a power of two all rows would meet in the same few sets of the cache.
   int64_t dgates_row() const {
-    const int64_t line = by_unit() ? 64 / in_.x.element_size() : 1;
-    return (in_.grads * in_.H + line - 1) / line * line;
+    const int64_t line = 64 / c10::elementSize(dgates_dtype());
+    return ((in_.grads * in_.H + line - 1) / line | 1) * line;
   }
 
   struct Steps {
@@ -365,6 +367,7 @@ class Backward {
       p.dinitial[k] = dinitial[k].defined() ? dinitial[k].mutable_data_ptr() : nullptr;
     }
     p.saved = again.defined() ? again.const_data_ptr() : saved(steps);
+    p.saved_row = again.defined() ? again.stride(0) : in_.saved * H;
     p.dgates = dgates.mutable_data_ptr(), p.dgates_row = dgates_row_;
     p.dbias = dbias.mutable_data_ptr();
     p.packed = workspace_.defined();
@@ -459,7 +462,7 @@ class Backward {
   // step of the recurrence.
   Tensor gates(const Steps& steps) const {
     const int64_t H = in_.H, count = steps.rows;
-    auto saved = in_.empty({count, in_.saved * H});
+    auto saved = in_.empty({count, dgates_over_saved_ ? dgates_row_ : in_.saved * H});
     if (in_.shape.steps == 1) {
       void* const none[kMaxStates] = {};
       forward_one_step(in_, none, none, saved);

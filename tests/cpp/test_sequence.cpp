@@ -83,14 +83,17 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
   CHECK((table.dgates_in_storage == std::is_same_v<DGates, Storage>));
   const SequenceShape shape = {q.T(), B, H, q.packed ? q.batch_sizes.data() : nullptr, q.reverse};
   const Drawn drawn(q.p, G * H * H);
+  const int64_t room = q.p > 0 ? 5 : 0;  // between rows
+  const int64_t saved_row = Cell::kSaved * H + room, dgates_row = Cell::kGrads * H + room;
   Buffer<T> x_gates(a.x_gates);
-  Buffer<Storage> w_hh(a.w_hh), b_ih(a.b_ih), b_hh(a.b_hh), saved(N * Cell::kSaved * H);
+  Buffer<Storage> w_hh(a.w_hh), b_ih(a.b_ih), b_hh(a.b_hh), saved(N * saved_row);
   std::vector<Buffer<Storage>> initial, states, last, dstates, dlast, dinitial;
   SequenceForwardParams f{};
   f.shape = shape, f.dropout = drawn.dropout;
   f.x_gates = x_gates.data.get(), f.x_gates_stride = G * H;
   f.w_hh = w_hh.data.get(), f.b_ih = b_ih.data.get(), f.b_hh = b_hh.data.get();
-  f.saved = saved.data.get(), f.saved_begin = 0, f.saved_end = N, f.from_zero = q.from_zero;
+  f.saved = saved.data.get(), f.saved_row = saved_row, f.saved_begin = 0, f.saved_end = N;
+  f.from_zero = q.from_zero;
   for (int k = 0; k < S; ++k) {
     initial.emplace_back(a.initial[k]), states.emplace_back(N * H), last.emplace_back(B * H);
     dstates.emplace_back(a.dstates[k]), dlast.emplace_back(a.dlast[k]);
@@ -102,12 +105,11 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
   f.workspace = forward_workspace.data;
   with_whole_team([&] { kernels.forward(f, threads); });
 
-  const int64_t dgates_row = Cell::kGrads * H + (q.p > 0 ? 5 : 0);  // with room between its rows
   Buffer<DGates> dgates(N * dgates_row);
   Buffer<T> dbias(Cell::kGrads * H);
   SequenceBackwardParams b{};
   b.shape = shape, b.dropout = drawn.dropout;
-  b.w_hh = w_hh.data.get(), b.saved = saved.data.get();
+  b.w_hh = w_hh.data.get(), b.saved = saved.data.get(), b.saved_row = saved_row;
   for (int k = 0; k < S; ++k) {
     b.initial[k] = initial[k].data.get(), b.states[k] = states[k].data.get();
     b.dstates[k] = dstates[k].data.get(), b.dlast[k] = dlast[k].data.get();
@@ -124,23 +126,24 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
     CHECK(worst(last[k].values(), a.last[k]) < eps);
     CHECK(worst(dinitial[k].values(), a.dinitial[k]) < eps);
   }
-  CHECK(worst(saved.values(), a.saved) < eps);
-  const Values spaced = dgates.values();
-  Values close;
-  for (int64_t row = 0; row < N; ++row) {
-    const auto begin = spaced.begin() + row * dgates_row;
-    close.insert(close.end(), begin, begin + Cell::kGrads * H);
-  }
-  CHECK(worst(close, a.dgates) < eps);
+  const auto without_room = [&](const Values& spaced) {
+    Values close;
+    for (auto row = spaced.begin(); row != spaced.end(); row += spaced.size() / N) {
+      close.insert(close.end(), row, row + spaced.size() / N - room);
+    }
+    return close;
+  };
+  CHECK(worst(without_room(saved.values()), a.saved) < eps);
+  CHECK(worst(without_room(dgates.values()), a.dgates) < eps);
   CHECK(worst(dbias.values(), a.dbias) < eps);
 
   if (q.packed) return;
   // Once more, keeping the gates of one step in the middle, with room for all after it.
   f.saved_begin = q.T() / 2 * B, f.saved_end = f.saved_begin + B;
   const int64_t first = f.saved_begin * Cell::kSaved * H, count = B * Cell::kSaved * H;
-  const Values all = saved.values();
+  const Values all = without_room(saved.values());
   Buffer<Storage> some(N * Cell::kSaved * H - first);
-  f.saved = some.data.get();
+  f.saved = some.data.get(), f.saved_row = Cell::kSaved * H;
   with_whole_team([&] { kernels.forward(f, threads); });
   const Values kept = some.values();
   const auto end = kept.begin() + count;
@@ -416,20 +419,24 @@ TEST(masks_of_several_threads) {
   CHECK(wrong == 0);
 }
 
-// However many threads share them, rows that are packed or summed need memory once.
+// However many threads share them, rows that are packed or summed need memory once, and those that
+// are read where they lie none.
 TEST(products_of_many_threads_need_little_memory) {
-  const auto& kernel = cpu::kernels(DType::kFloat32, false).sums;
+  const auto &floats = cpu::kernels(DType::kFloat32, false),
+             &halves = cpu::kernels(DType::kFloat16, false);
   cpu::ProductParams turned{};
   turned.m = 393, turned.n = 77, turned.k = 231;
   turned.a_row = 1, turned.a_column = turned.m, turned.b_row = turned.n, turned.b_column = 1;
-  // b, of at most two panels; a; sums for a panel.
+  // b, of at most two panels; sums for a panel; a.
   const int64_t rows = turned.m + 8 * 16, terms = turned.k + 17;
-  CHECK(kernel.workspace(turned, 8) < 4 * (128 * terms + rows * terms + rows * 64));
+  const int64_t without_a = 4 * (128 * terms + rows * 64);
+  CHECK(floats.sums.workspace(turned, 8) < without_a);
+  CHECK(halves.gates.workspace(turned, 8) < without_a + 4 * rows * terms);
   cpu::ProductParams straight{};
   straight.m = 560, straight.n = 1200, straight.k = 1150;
   straight.a_row = straight.k, straight.a_column = 1;
   straight.b_row = 1, straight.b_column = straight.k;
-  CHECK(kernel.workspace(straight, 2) < (int64_t{4} << 20));
+  CHECK(floats.sums.workspace(straight, 2) < (int64_t{4} << 20));
 }
 
 TEST(products) {
@@ -437,6 +444,7 @@ TEST(products) {
     int64_t m, n, k;
   };
   const auto& floats = cpu::kernels(DType::kFloat32, false);
+  const auto& halves = cpu::kernels(DType::kFloat16, false);
   const auto& pairs = cpu::kernels(DType::kBFloat16, true);
   for (const auto [m, n, k] : {Size{1, 1, 1}, Size{7, 70, 33}, Size{130, 65, 300}, Size{5, 3, 0},
                                Size{300, 20, 1900}, Size{40, 70, 33},
@@ -450,6 +458,7 @@ TEST(products) {
         };
         for (const bool masked : {false, true}) {
           check_product<float, float>(floats.gates, m, n, k, layout, masked, threads);
+          check_product<Float16, float>(halves.gates, m, n, k, layout, masked, threads);
           if (!has_pairs()) continue;
           check(masked);
           {
