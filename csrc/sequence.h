@@ -52,8 +52,12 @@ struct SequenceForwardParams {
                 // its first columns (a row's gates are read before they are overwritten)
   int64_t saved_row;  // elements from one of its rows to the next, >= kSaved*H
   int64_t saved_begin, saved_end;
+  // Of one step, where all that it computes is wanted in parts: the first of them a multiple of the
+  // vectors' lanes, as 64 is; 0, 0: all units.
+  int64_t unit_begin, unit_end;
   void* workspace;
-  bool packed;  // the workspace has the weights already, from a call with at least as many rows
+  bool packed;  // the workspace has the weights already, from a call of these units with at least
+                // as many rows
 };
 
 struct SequenceBackwardParams {
@@ -66,7 +70,8 @@ struct SequenceBackwardParams {
   const void* saved;                // [N, kSaved*H] storage
   int64_t saved_row;                // from one of its rows to the next
   const void* dstates[kMaxStates];  // [N, H] storage: gradients of y, c; may be null
-  const void* dlast[kMaxStates];    // [B, H] storage: gradients of the final states; may be null
+  const void* dlast[kMaxStates];    // [B, H] storage: gradients of the final states; may be null,
+                                    // or dinitial itself
   void* dgates;                     // [N, kGrads*H] compute, or storage: as the kernels say; of the
                                     // same dtype and rows, it may be `saved` itself
   int64_t dgates_row;               // from one of its rows to the next

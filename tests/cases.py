@@ -123,6 +123,8 @@ CPU_PATHS = [
     # Of so many rows forward keeps some gates.
     *_both_cells(T=16, B=70, I=7, H=33, memory="low", weight_dropout=0.5),
     *_both_cells(T=16, B=70, I=8, H=33, memory="low", reverse=True),
+    # Gates are computed again for a part of the units at a time.
+    *_both_cells(T=3, B=40, I=330, H=330, memory="low"),
     # The last chunk of backward is one step.
     *_both_cells(T=4, B=256, I=7, H=20, memory="low", weight_dropout=0.5),
     *_both_cells(T=1, B=64, I=70, H=90, weight_dropout=0.5),

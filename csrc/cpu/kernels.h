@@ -17,13 +17,13 @@ struct Plan {
 };
 
 // `threads` is an upper bound. Scratch memory comes from the caller: as many bytes as the
-// *_workspace function of the same table says, aligned to 64.
+// *_workspace function of the same table says, which reads sizes only, aligned to 64.
 struct CellKernels {
   // Whether forward had better multiply the input itself, which shape.inputs then says.
   bool (*fuses_input)(const SequenceShape&, int64_t inputs, int threads);
-  int64_t (*forward_workspace)(const SequenceShape&, int threads);
+  int64_t (*forward_workspace)(const SequenceForwardParams&, int threads);
   void (*forward)(const SequenceForwardParams&, int threads);
-  int64_t (*backward_workspace)(const SequenceShape&, int threads);
+  int64_t (*backward_workspace)(const SequenceBackwardParams&, int threads);
   void (*backward)(const SequenceBackwardParams&, int threads);
   void (*step)(const StepParams&, int threads);
   Plan (*plan)(const SequenceShape&, int threads);

@@ -75,8 +75,9 @@ class Forward {
         Hp_(padded<T>(H_)),
         h_row_(panel_rows<O>(Hp_)),
         I_(p.shape.inputs),
-        tiles_(Hp_ / V::kLanes),
-        weight_bytes_(G * H_ * H_ * int64_t{sizeof(O)}),
+        units_{p.unit_begin, p.unit_end > 0 ? p.unit_end : H_},
+        tiles_(padded<T>(units_.end - units_.begin) / V::kLanes),
+        weight_bytes_(G * (units_.end - units_.begin) * H_ * int64_t{sizeof(O)}),
         parts_(useful_threads(p.shape, weight_bytes_, threads)),
         carver_(p.workspace) {
     panels_ = carver_.take<O>(tiles_ * panel_size(H_));
@@ -142,10 +143,11 @@ class Forward {
                 Next<O>{hidden_panel, near}, {0, I_}, input_scratch, [](int64_t, int64_t) {},
                 [](int64_t, int64_t, const T*) {});
           }
+          const int64_t unit = first_unit(tile);
           const auto finish_rows = [&](int64_t row, int64_t count, const T* c) {
             const T* cx = input_scratch + (c - scratch);
-            with_lanes<T>(H_ - tile * V::kLanes, [&](auto lanes) {
-              finish(walk, tile, lanes, row, count, c, cx, h, h_next);
+            with_lanes<T>(H_ - unit, [&](auto lanes) {
+              finish(walk, unit, lanes, row, count, c, cx, h, h_next);
             });
           };
           if (zeros) {
@@ -158,7 +160,7 @@ class Forward {
           const Range depth = {0, by_unit<O>() ? h_row_ : grouped<O>(H_)};
           multiply_panel<T>(
               G, h, h_row_, active, hidden_panel, Next<O>{next_panel, near}, depth, scratch,
-              [&](int64_t row, int64_t count) { fetch(walk, tile, row, count); }, finish_rows);
+              [&](int64_t row, int64_t count) { fetch(walk, unit, row, count); }, finish_rows);
         }
       }
       if (partition.unit_parts > 1) barrier_.wait(team);
@@ -170,6 +172,7 @@ class Forward {
  private:
   int64_t panel_size(int64_t depth) const { return panel_rows<O>(depth) * G * V::kLanes; }
   int64_t scratch_size() const { return B_ * G * V::kLanes; }
+  int64_t first_unit(int64_t tile) const { return units_.begin + tile * V::kLanes; }
 
   void prepare(int member, int team) {
     const Range tiles = share(p_.packed ? 0 : tiles_, member, team);
@@ -203,7 +206,7 @@ class Forward {
   // panel[k][g][lane] = w[g * H + unit][k], masked; w is [G*H, depth].
   void pack(int64_t tile, const void* w, int64_t depth, const Mask& mask, O* panels) const {
     O* panel = panels + tile * panel_size(depth);
-    const int64_t unit = tile * V::kLanes;
+    const int64_t unit = first_unit(tile);
     for (int g = 0; g < G; ++g) {
       const int64_t element = (g * H_ + unit) * depth;
       pack_turned(at<Storage>(w, element), depth, H_ - unit, depth, mask, element, G * V::kLanes,
@@ -220,8 +223,7 @@ class Forward {
   }
 
   // What finish meets that is not in the cache: mostly where it writes.
-  LSTMX_INLINE void fetch(const Walk& walk, int64_t tile, int64_t first, int64_t count) const {
-    const int64_t unit = tile * V::kLanes;
+  LSTMX_INLINE void fetch(const Walk& walk, int64_t unit, int64_t first, int64_t count) const {
     for (int64_t row = walk.offset + first; row < walk.offset + first + count; ++row) {
       for (int k = 0; k < Cell::kStates; ++k) {
         if (p_.states[k]) fetch_run(at<Storage>(p_.states[k], row * H_ + unit), V::kLanes);
@@ -237,9 +239,9 @@ class Forward {
 
   // c and cx are what h and x give.
   template <class Lanes>
-  LSTMX_CALL void finish(const Walk& walk, int64_t tile, Lanes lanes, int64_t first, int64_t count,
+  LSTMX_CALL void finish(const Walk& walk, int64_t unit, Lanes lanes, int64_t first, int64_t count,
                          const T* c, const T* cx, const O* h, O* h_next) const {
-    const int64_t unit = tile * V::kLanes, gate_stride = I_ > 0 ? V::kLanes : H_;
+    const int64_t gate_stride = I_ > 0 ? V::kLanes : H_;
     const bool save = saves(walk);
     const V scale(static_cast<T>(mask_.scale));
     V bias_ih[G], bias_hh[G];
@@ -291,7 +293,9 @@ class Forward {
   }
 
   const SequenceForwardParams& p_;
-  const int64_t B_, H_, Hp_, h_row_, I_, tiles_, weight_bytes_;
+  const int64_t B_, H_, Hp_, h_row_, I_;
+  const Range units_;
+  const int64_t tiles_, weight_bytes_;
   const int parts_;  // of the work, whatever the size of the team
   Carver carver_;
   O* panels_;                                // [tiles][H][G][lanes]
@@ -607,9 +611,7 @@ struct Step {
 // ---- The table ---------------------------------------------------------------------------------
 
 template <class Pass, class Params>
-int64_t workspace_of(const SequenceShape& shape, int threads) {
-  Params p{};
-  p.shape = shape;
+int64_t workspace_of(const Params& p, int threads) {
   return Pass(p, threads).workspace_bytes();
 }
 

@@ -53,8 +53,9 @@ struct CpuInputs : Inputs {
         cell(kernels.cells[int(kind)]),
         from_zero(all_zero(initial[0])) {}
 
-  Tensor workspace(int64_t (*bytes)(const SequenceShape&, int), const SequenceShape& of) const {
-    return empty_cached({bytes(of, threads)}, x.options().dtype(at::kByte));
+  template <class Params>
+  Tensor workspace(int64_t (*bytes)(const Params&, int), const Params& p) const {
+    return empty_cached({bytes(p, threads)}, x.options().dtype(at::kByte));
   }
 
   // -0 does not count, NaN and all else end the search. A tensor that is not empty.
@@ -166,12 +167,13 @@ void forward_one_step(const CpuInputs& in, void* const* states, void* const* las
 
 // The recurrence over some of the rows. `saved` is [rows, kSaved * H], of the last of them.
 struct Recurrence {
-  // `fused`: whether it had better multiply the input itself.
+  // `fused`: whether it had better multiply the input itself. units: how many at once, 0 for all.
   Recurrence(const CpuInputs& in, const SequenceShape& shape, const Tensor& x, const Tensor& saved,
-             bool fused)
+             bool fused, int64_t units = 0)
       : params(forward_params<SequenceForwardParams>(in, shape, saved)) {
     const auto of = SavedRows::make(shape, x.size(0), saved.size(0));
     params.saved_begin = of.begin, params.saved_end = of.end;
+    params.unit_end = units;
     if (fused) {
       params.shape.inputs = x.size(1);
       params.x = x.const_data_ptr();
@@ -185,7 +187,7 @@ struct Recurrence {
       params.x_gates = x_gates.const_data_ptr();
       params.x_gates_stride = x_gates.stride(0);
     }
-    workspace = in.workspace(in.cell.forward_workspace, params.shape);
+    workspace = in.workspace(in.cell.forward_workspace, params);
     params.dropout = in.drawn();
     params.w_hh = in.w_hh.const_data_ptr();
     params.workspace = workspace.mutable_data_ptr();
@@ -243,7 +245,15 @@ class Backward {
         need_w_hh_(needed[4]) {
     dstates_[0] = contiguous(grads[0]), dlast_[0] = contiguous(grads[1]);
     dlast_[1] = contiguous(grads[2]), dstates_[1] = contiguous(grads[3]);
+    // What outlives a chunk comes first, so that those of each leave no gap before it.
     if (need_x_) dx_ = in.empty(in.x.sizes());
+    dbias_ = in.empty_compute({in.grads * in.H});
+    for (int k = 0; k < in.states; ++k) {
+      if (chunks_ > 1 || need_initial_[k]) carry_[k] = in.empty({in.B, in.H});
+    }
+    // Sums over several chunks are kept in the type that they are computed in.
+    if (chunks_ > 1 && need_w_ih_) dw_ih_ = in.empty_compute(in.w_ih.sizes());
+    if (chunks_ > 1 && need_w_hh_) dw_hh_ = in.empty_compute(in.w_hh.sizes());
   }
 
   BackwardResult run(bool need_b_ih, bool need_b_hh) {
@@ -283,7 +293,7 @@ class Backward {
     int64_t best = peak_bytes(1);
     for (int64_t count = 2; count <= most; ++count) best = std::min(best, peak_bytes(count));
     int64_t fewest = 1;
-    while (peak_bytes(fewest) > best + best / 10) ++fewest;
+    while (peak_bytes(fewest) > best + best / (recompute_ ? 20 : 10)) ++fewest;
     return fewest + kept;
   }
 
@@ -297,8 +307,7 @@ class Backward {
     const int64_t before = one ? 0 : sums;  // those of the chunks before
     const int64_t saved = recompute_ ? rows * in_.saved * in_.H * storage : 0;
     const int64_t dgates = rows * dgates_row_ * grad;
-    const int64_t again =
-        saved + rows * in_.H * storage + (in_.saved_in_compute() ? w_hh : weights) * grad + before;
+    const int64_t again = saved + rows * in_.H * storage + w_hh / 2 * grad + before;
     const int64_t steps = dgates + (dgates_over_saved_ ? 0 : saved) + w_hh * grad + before;
     const int64_t products = dgates + rows * std::max(in_.x.size(-1), in_.H) * grad + sums;
     return std::max({recompute_ ? again : 0, steps, products});
@@ -351,34 +360,32 @@ class Backward {
         dgates_over_saved_ && again.defined()
             ? again
             : empty_cached({count, dgates_row_}, in_.x.options().dtype(dgates_dtype()));
-    auto dbias = in_.empty_compute({in_.grads * H});
+    const auto dbias = i == 0 ? dbias_ : in_.empty_compute({in_.grads * H});
     const bool one_step = in_.shape.steps == 1;  // it does not pay for packing W_hh
     if (!one_step) p.dropout = in_.drawn();
     p.w_hh = one_step ? nullptr : in_.w_hh.const_data_ptr();
-    Tensor dinitial[kMaxStates];
     std::vector<Tensor> kept;  // what p points to
     for (int k = 0; k < in_.states; ++k) {
-      if (!steps.at_start || need_initial_[k]) dinitial[k] = in_.empty({B, H});
       kept.push_back(initial(k, steps));
       p.initial[k] = kept.back().const_data_ptr();
       p.states[k] = rows(states_[k]).data;
       p.dstates[k] = dstates_[k] ? rows(*dstates_[k]).data : nullptr;
       p.dlast[k] = i == 0 ? data_or_null(dlast_[k]) : carry_[k].const_data_ptr();
-      p.dinitial[k] = dinitial[k].defined() ? dinitial[k].mutable_data_ptr() : nullptr;
+      const bool wanted = !steps.at_start || need_initial_[k];
+      p.dinitial[k] = wanted ? carry_[k].mutable_data_ptr() : nullptr;
     }
     p.saved = again.defined() ? again.const_data_ptr() : saved(steps);
     p.saved_row = again.defined() ? again.stride(0) : in_.saved * H;
     p.dgates = dgates.mutable_data_ptr(), p.dgates_row = dgates_row_;
     p.dbias = dbias.mutable_data_ptr();
     p.packed = workspace_.defined();
-    if (!p.packed) workspace_ = in_.workspace(in_.cell.backward_workspace, in_.shape);
+    if (!p.packed) workspace_ = in_.workspace(in_.cell.backward_workspace, p);
     p.workspace = workspace_.mutable_data_ptr();
     in_.cell.backward(p, in_.threads);
     // The products have their own, and packed weights for the next gates take its place.
     if (i + 1 == chunks_ || recompute_) workspace_ = Tensor();
     again = Tensor();
-    for (int k = 0; k < in_.states; ++k) carry_[k] = dinitial[k];
-    dbias_ = i == 0 ? dbias : dbias_.add_(dbias);
+    if (i > 0) dbias_.add_(dbias);
 
     // The input's gradients come in the cell's own order of gates; see kInputRotation.
     const auto dgates_x = Matrix::of(dgates).some_columns(in_.input_grads * H, in_.G * H);
@@ -396,20 +403,16 @@ class Backward {
       more.c_rotation = 0;
       in_.product(in_.kernels.grads, dgates_x, Matrix::of(in_.w_ih), rows(dx_), more);
     }
-    // Sums over several chunks are kept in the type that they are computed in. They are made only
-    // now, where the packed weights may have been.
+    // Of a single chunk the results are made only now, where the packed weights may have been.
     const auto& kernel = whole ? in_.kernels.grads : in_.kernels.sums;
-    const auto sums = [&](const Tensor& w) {
-      return whole ? in_.empty(w.sizes()) : in_.empty_compute(w.sizes());
-    };
     if (need_w_ih_) {
-      if (i == 0) dw_ih_ = sums(in_.w_ih);
+      if (whole) dw_ih_ = in_.empty(in_.w_ih.sizes());
       cpu::ProductParams more = rotated;
       more.b_rotation = 0, more.accumulate = i > 0;
       in_.product(kernel, dgates_x.t(), rows(in_.x), Matrix::of(dw_ih_), more);
     }
     if (need_w_hh_) {
-      if (i == 0) dw_hh_ = sums(in_.w_hh);
+      if (whole) dw_hh_ = in_.empty(in_.w_hh.sizes());
       cpu::ProductParams more{};
       more.accumulate = i > 0;
       // Rows that found zeros give nothing.
@@ -458,6 +461,15 @@ class Backward {
                              : at::cat_out(joined, {in_.initial[k], known(k, steps)});
   }
 
+  // For so many units at once gates are computed again: their weights, with those of so many inputs,
+  // are half of the W_hh that backward packs, or a MB.
+  int64_t units_at_once(int64_t inputs) const {
+    const int64_t element = c10::elementSize(dgates_dtype());
+    const int64_t unit = in_.G * (inputs + in_.H) * element;
+    const int64_t most = std::max<int64_t>(in_.w_hh.numel() / 2 * element, 1 << 20);
+    return std::min((most / unit + 63) / 64 * 64, in_.H);
+  }
+
   // Their gates, from the states alone. No row waits for another: a few hundred at a time make one
   // step of the recurrence.
   Tensor gates(const Steps& steps) const {
@@ -477,21 +489,25 @@ class Backward {
     // Unless in `saved`, x's gates would take more than packed weights do.
     const bool fused =
         !in_.saved_in_compute() && in_.cell.fuses_input(shape, x.size(1), in_.threads);
-    Recurrence forward(in_, shape, x, saved, fused);
+    const int64_t units = units_at_once(fused ? x.size(1) : 0);
+    Recurrence forward(in_, shape, x, saved, fused, units);
     auto& p = forward.params;
     const auto row_of = [](const Tensor& t, int64_t row) {
       return static_cast<char*>(t.data_ptr()) + row * t.stride(0) * t.element_size();
     };
-    for (int64_t row = 0; row < count; row += most, p.packed = true) {
-      p.shape.batch = std::min(most, count - row);
-      if (p.x) p.x = row_of(x, row);
-      if (p.x_gates) p.x_gates = row_of(forward.x_gates, row);
-      for (int k = 0; k < in_.states; ++k) {
-        p.initial[k] = row_of(found[k], row);
-        p.states[k] = p.last[k] = states.mutable_data_ptr();
+    for (int64_t unit = 0; unit < H; unit += units) {
+      p.unit_begin = unit, p.unit_end = std::min(H, unit + units), p.packed = false;
+      for (int64_t row = 0; row < count; row += most, p.packed = true) {
+        p.shape.batch = std::min(most, count - row);
+        if (p.x) p.x = row_of(x, row);
+        if (p.x_gates) p.x_gates = row_of(forward.x_gates, row);
+        for (int k = 0; k < in_.states; ++k) {
+          p.initial[k] = row_of(found[k], row);
+          p.states[k] = p.last[k] = states.mutable_data_ptr();
+        }
+        p.saved = row_of(saved, row);
+        in_.cell.forward(p, in_.threads);
       }
-      p.saved = row_of(saved, row);
-      in_.cell.forward(p, in_.threads);
     }
     return saved;
   }

@@ -101,7 +101,7 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
     f.initial[k] = initial[k].data.get();
     f.states[k] = states[k].data.get(), f.last[k] = last[k].data.get();
   }
-  const Workspace forward_workspace(kernels.forward_workspace(shape, threads));
+  const Workspace forward_workspace(kernels.forward_workspace(f, threads));
   f.workspace = forward_workspace.data;
   with_whole_team([&] { kernels.forward(f, threads); });
 
@@ -116,7 +116,7 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
     b.dinitial[k] = dinitial[k].data.get();
   }
   b.dgates = dgates.data.get(), b.dgates_row = dgates_row, b.dbias = dbias.data.get();
-  const Workspace backward_workspace(kernels.backward_workspace(shape, threads));
+  const Workspace backward_workspace(kernels.backward_workspace(b, threads));
   b.workspace = backward_workspace.data;
   with_whole_team([&] { kernels.backward(b, threads); });
 
@@ -149,6 +149,17 @@ void check_sequence(CellKind kind, DType dtype, const Sequence& q, int threads) 
   const auto end = kept.begin() + count;
   CHECK(std::equal(kept.begin(), end, all.begin() + first));
   CHECK(std::all_of(end, kept.end(), [](double value) { return std::isnan(value); }));
+
+  if (q.reverse || H <= 64) return;
+  // The first step alone, in two parts of its units.
+  Buffer<Storage> parts(B * Cell::kSaved * H);
+  f.shape.steps = 1, f.saved_begin = 0, f.saved_end = B, f.saved = parts.data.get();
+  for (const int64_t begin : {0, 64}) {
+    f.unit_begin = begin, f.unit_end = begin == 0 ? 64 : H;
+    with_whole_team([&] { kernels.forward(f, threads); });
+  }
+  const Values both = parts.values();
+  CHECK(std::equal(both.begin(), both.end(), all.begin()));
 }
 
 template <class Cell>
