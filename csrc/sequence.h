@@ -52,8 +52,8 @@ struct SequenceForwardParams {
                 // its first columns (a row's gates are read before they are overwritten)
   int64_t saved_row;  // elements from one of its rows to the next, >= kSaved*H
   int64_t saved_begin, saved_end;
-  // Of one step, where all that it computes is wanted in parts: the first of them a multiple of the
-  // vectors' lanes, as 64 is; 0, 0: all units.
+  // The units that a call of one step computes, the first a multiple of the vectors' lanes, as 64
+  // is; 0, 0: all. Another step would need them all.
   int64_t unit_begin, unit_end;
   void* workspace;
   bool packed;  // the workspace has the weights already, from a call of these units with at least

@@ -461,8 +461,8 @@ class Backward {
                              : at::cat_out(joined, {in_.initial[k], known(k, steps)});
   }
 
-  // For so many units at once gates are computed again: their weights, with those of so many inputs,
-  // are half of the W_hh that backward packs, or a MB.
+  // For so many units at once gates are computed again: their weights, with those of so many
+  // inputs, are half of the W_hh that backward packs, or a MB.
   int64_t units_at_once(int64_t inputs) const {
     const int64_t element = c10::elementSize(dgates_dtype());
     const int64_t unit = in_.G * (inputs + in_.H) * element;
