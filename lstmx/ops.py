@@ -75,7 +75,7 @@ def lstm_sequence(
             dropout, see :func:`weight_mask`. None: no mask.
         weight_dropout: probability in [0, 1] of zeroing an entry of ``w_hh``.
         memory: "high" keeps the gates for backward, "low" recomputes them there, all but those of
-            the last T // 10 steps (of more if T * B < 3200, none if T * B < 960 or packed).
+            the last T // 5 steps (of more if T * B < 1600, none if T * B < 960 or packed).
         cell_states: also return the cell states of all steps.
 
     Returns:
@@ -122,7 +122,8 @@ def gru_sequence(
     """Runs a GRU (Cho et al. 2014, as ``torch.nn.GRU`` and cuDNN define it) over a sequence.
 
     Arguments and errors as for :func:`lstm_sequence`, with 3*H in place of 4*H, in the order r z n;
-    the reset gate multiplies ``W_hn h + b_hn``.
+    the reset gate multiplies ``W_hn h + b_hn``; ``memory="low"`` keeps the gates of the last T // 10
+    steps (of more if T * B < 3200).
 
     Returns:
         y [T, B, H] (or [N, H]) and h_n [B, H].

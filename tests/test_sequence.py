@@ -312,3 +312,21 @@ def test_every_instruction_set(capability):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == capability
+
+
+@pytest.mark.parametrize(
+    ("cell", "T", "B", "kept"),
+    [
+        *[("lstm", 30, 64, 6), ("gru", 70, 64, 7)],  # as many as ops.py says
+        *[("lstm", 16, 64, 5), ("gru", 16, 64, 5)],  # more of a shorter call
+        *[("lstm", 17, 56, 0), ("gru", 17, 56, 0)],
+    ],
+)
+def test_low_memory_keeps_the_gates_of_the_last_steps(cell, T, B, kept):
+    case = Case(cell, T=T, B=B, I=2, H=3, memory="low")
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (sizes.append(tuple(t.shape)), t)[1], lambda t: t
+    ):
+        run("lstmx", case)
+    assert (kept * B, 4, case.H) in sizes

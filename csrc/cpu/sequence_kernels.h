@@ -325,13 +325,14 @@ class Backward {
         Hp_(padded<T>(H_)),
         weight_bytes_(G * H_ * H_ * int64_t{sizeof(O)}),
         parts_(useful_threads(p.shape, weight_bytes_, threads)),
+        partition_(Partition::make(p.shape, weight_bytes_, parts_)),
         lead_(grouped<O>(G * H_) - G * H_),
         panel_rows_(panel_rows<O>(lead_ + G * H_)),
         carver_(p.workspace) {
     panels_ = carver_.take<O>(panel_rows_ * Hp_);
     for (auto& carry : carry_) carry = carver_.take<T>(B_ * Hp_);
     bias_ = carver_.take<T>(threads * kGrads * Hp_);
-    scratch_ = carver_.take<T>(threads * scratch_size());
+    scratch_ = carver_.take<T>(parts_ * scratch_size());
     mask_ = Mask::make(p.dropout);
   }
 
@@ -341,11 +342,10 @@ class Backward {
   // The work is cut into parts by the number of threads asked for, not by the size of the team that
   // came: the sums of the biases' gradients must not depend on what else the machine does.
   void run(int member, int team) {
-    const auto partition = Partition::make(p_.shape, weight_bytes_, parts_);
     const bool near =
-        comes_by_itself(weight_bytes_ / partition.unit_parts, B_ / partition.row_parts);
-    const auto vectors_of = [&](int part) { return partition.tiles(Hp_ / V::kLanes, part); };
-    if (partition.unit_parts > 1) {
+        comes_by_itself(weight_bytes_ / partition_.unit_parts, B_ / partition_.row_parts);
+    const auto vectors_of = [&](int part) { return partition_.tiles(Hp_ / V::kLanes, part); };
+    if (partition_.unit_parts > 1) {
       for (int part = member; part < parts_; part += team) pack(vectors_of(part), 0, 1);
     } else {
       pack(vectors_of(0), member, team);
@@ -357,13 +357,13 @@ class Backward {
     for (bool more = true; more;) {
       more = walk.advance();
       for (int part = member; part < parts_; part += team) {
-        const Range rows = partition.rows(p_.shape, part), vectors = vectors_of(part);
+        const Range rows = partition_.rows(p_.shape, part), vectors = vectors_of(part);
         T* scratch = scratch_ + part * scratch_size();
-        T* bias = bias_ + (partition.row_parts > 1 ? part : 0) * kGrads * Hp_;
+        T* bias = bias_ + (partition_.row_parts > 1 ? part : 0) * kGrads * Hp_;
         const Depth depth(lead_ + G * H_, rows.end - rows.begin, sizeof(O), depth_step<O>());
         for (int64_t d = 0; d < depth.parts; ++d) {
           for (int64_t v = vectors.begin; v < vectors.end; v += kMostVectors) {
-            T* sums = scratch + (v - vectors.begin) * V::kLanes * B_;
+            T* sums = scratch + (v - vectors.begin) * V::kLanes * (rows.end - rows.begin);
             const int64_t next = v + kMostVectors < vectors.end ? v + kMostVectors : vectors.begin;
             const Next<O> next_panel = {panel_at(next * V::kLanes), near};
             const int count = int(std::min<int64_t>(kMostVectors, vectors.end - v));
@@ -371,14 +371,19 @@ class Backward {
           }
         }
       }
-      if (partition.unit_parts > 1 || !more) barrier_.wait(team);
+      if (partition_.unit_parts > 1 || !more) barrier_.wait(team);
     }
     release_unit<O>();
-    if (member == 0) sum_bias(partition.row_parts);
+    if (member == 0) sum_bias(partition_.row_parts);
   }
 
  private:
-  int64_t scratch_size() const { return B_ * Hp_; }
+  // Of the largest part.
+  int64_t scratch_size() const {
+    const int64_t rows = (B_ + partition_.row_parts - 1) / partition_.row_parts;
+    const int64_t vectors = (Hp_ / V::kLanes + partition_.unit_parts - 1) / partition_.unit_parts;
+    return rows * vectors * V::kLanes;
+  }
   O* panel_at(int64_t unit) const { return panels_ + unit * panel_rows_; }
 
   // panel[row of W_hh][vector][lane], masked. The panels of `vectors` are dealt out to the parts.
@@ -540,13 +545,14 @@ class Backward {
   const SequenceBackwardParams& p_;
   const int64_t B_, H_, Hp_, weight_bytes_;
   const int parts_;
+  const Partition partition_;
   const int64_t lead_;  // rows of zeros that fill the panels up to whole groups
   const int64_t panel_rows_;
   Carver carver_;
   O* panels_;                // for each panel [panel_rows][vectors][lanes]
   T* carry_[Cell::kStates];  // [B][Hp]: what has reached each state, but for W_hh's part
   T* bias_;                  // [threads][kGrads][Hp]
-  T* scratch_;               // [threads], each [panel][B][vectors][lanes]: sums in the making
+  T* scratch_;               // [parts], each [panel][rows][vectors][lanes]: sums in the making
   Mask mask_;
   Barrier barrier_;
 };

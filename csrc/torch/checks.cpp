@@ -79,7 +79,9 @@ void SequenceArgs::check() const {
 
 c10::SymInt SequenceArgs::sym_rows_kept() const {
   if (batch_sizes) return 0;
-  const auto chunks = (sym_rows() / kLeastChunkRows).min(kMostChunks);
+  // A tenth of the GRU's. Of the LSTM, of which torch holds twice as much, a fifth.
+  const int64_t most = c0 ? kMostChunks / 2 : kMostChunks;
+  const auto chunks = (sym_rows() / kLeastChunkRows).min(most);
   // As one of so few, the chunk would be most of what is saved.
   if (chunks < 3) return 0;
   return x.sym_size(0) / chunks * x.sym_size(1);
