@@ -122,8 +122,8 @@ def gru_sequence(
     """Runs a GRU (Cho et al. 2014, as ``torch.nn.GRU`` and cuDNN define it) over a sequence.
 
     Arguments and errors as for :func:`lstm_sequence`, with 3*H in place of 4*H, in the order r z n;
-    the reset gate multiplies ``W_hn h + b_hn``; ``memory="low"`` keeps the gates of the last T // 10
-    steps (of more if T * B < 3200).
+    the reset gate multiplies ``W_hn h + b_hn``. ``memory="low"`` keeps the gates of the last
+    T // 10 steps, of more if T * B < 3200.
 
     Returns:
         y [T, B, H] (or [N, H]) and h_n [B, H].
