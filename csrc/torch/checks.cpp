@@ -79,7 +79,7 @@ void SequenceArgs::check() const {
 
 c10::SymInt SequenceArgs::sym_rows_kept() const {
   if (batch_sizes) return 0;
-  // A tenth of the GRU's. Of the LSTM, of which torch holds twice as much, a fifth.
+  // A tenth of a GRU's; a fifth of an LSTM's, of which torch holds more.
   const int64_t most = c0 ? kMostChunks / 2 : kMostChunks;
   const auto chunks = (sym_rows() / kLeastChunkRows).min(most);
   // As one of so few, the chunk would be most of what is saved.
